@@ -1,0 +1,7 @@
+//! `cpubond`: one CPU and one NIC for every flow, receive to transmit.
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}
