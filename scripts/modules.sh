@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Build bonding.ko and bond_cpu_bound.ko below target/modules.
+#
+# usage: scripts/modules.sh KDIR KSRC [make argument...]
+#
+# KDIR is a kernel build tree (headers) with Rust metadata, KSRC the source of
+# the same kernel, for the bonding driver that gets patched.
+set -euo pipefail
+
+top=$(cd "$(dirname "$0")/.." && pwd)
+kdir=$1 ksrc=$2
+shift 2
+
+out=$top/target/modules
+series=$(make -s -C "$kdir" kernelversion | cut -d. -f1-2)
+patches=$top/module/patches/$series
+[[ -d $patches ]] || {
+	echo "modules: no patch series for Linux $series in module/patches" >&2
+	exit 4
+}
+
+# The driver is patched anew when the series or the kernel source changes, and
+# only then: make goes by time stamps.
+id=$(cat "$patches"/*.patch "$ksrc"/drivers/net/bonding/*.[ch] \
+	"$ksrc"/include/net/bond*.h | sha256sum | cut -c1-16)
+if [[ ! -e $out/.patched-$id ]]; then
+	rm -rf "$out"
+	mkdir -p "$out"/include/net "$out"/include/uapi/linux "$out"/drivers/net
+	cp -r "$ksrc"/drivers/net/bonding "$out"/drivers/net/
+	cp "$ksrc"/include/net/bond*.h "$out"/include/net/
+	cp "$ksrc"/include/uapi/linux/if_bonding.h "$out"/include/uapi/linux/
+	for p in "$patches"/*.patch; do
+		# Documentation and the like are not here to be patched. Kept
+		# from finding our own repository, git applies to what is here.
+		(cd "$out" && GIT_CEILING_DIRECTORIES=$top/target git apply \
+			--include='drivers/net/bonding/*' --include='include/*' "$p")
+	done
+	mv "$out"/drivers/net/bonding "$out"/bonding
+	rm -r "$out"/drivers
+	ln -s ../../Kbuild ../../module "$out"/
+	touch "$out/.patched-$id"
+fi
+
+exec make -C "$kdir" M="$out" modules "$@"
