@@ -39,7 +39,7 @@ pub enum Reason {
 
 impl Reason {
     /// The name that `cpu_bound_map` shows.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Reason::Set => "set",
             Reason::Irq => "irq",

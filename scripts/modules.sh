@@ -37,8 +37,13 @@ if [[ ! -e $out/.patched-$id ]]; then
 	done
 	mv "$out"/drivers/net/bonding "$out"/bonding
 	rm -r "$out"/drivers
-	ln -s ../../Kbuild ../../module "$out"/
+	ln -s ../../Kbuild "$out"/
 	touch "$out/.patched-$id"
 fi
+
+# Links to the files, not to their directory: objects go beside what they are
+# made from, as make sees it.
+mkdir -p "$out"/module
+(cd "$out"/module && ln -sf ../../../module/*.rs .)
 
 exec make -C "$kdir" M="$out" modules "$@"
