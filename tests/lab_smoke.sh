@@ -51,6 +51,7 @@ counted_by_cpu() {
 	done
 	xmit_trace off
 	check_ge "packets of the sender on CPU 3 seen by the tracepoint" "$seen" 50
+	check_eq "packets that reached the peer" "$(peer_received)" 50
 }
 
 ktap_plan 4

@@ -231,16 +231,20 @@ bind_irqs() {
 
 # --- traffic and counters --------------------------------------------------
 
-# send_from CPU COUNT [PORT]: COUNT small UDP datagrams to the peer, each one frame,
-# by a process pinned on CPU.
+# send_from CPU COUNT: COUNT small UDP datagrams to the peer, each one frame, by a
+# process pinned on CPU; each call is a flow of its own.
 send_from() {
 	# shellcheck disable=SC2016 # the pinned shell expands these
-	taskset -c "$1" bash -c '
-		exec 3>"/dev/udp/$1/$3"
+	taskset -c "$1" bash -euc '
+		exec 3>"/dev/udp/$1/9"
 		for ((i = 0; i < $2; i++)); do
-			# The peer may answer "port unreachable", which the next write reports.
-			echo x >&3 2>/dev/null || echo x >&3
-		done' send_from "$PEER_IP" "$2" "${3:-9}"
+			echo x >&3
+		done' send_from "$PEER_IP" "$2"
+}
+
+# peer_received: how many of send_from's datagrams have reached the peer since reset.
+peer_received() {
+	peer_do nft -j list chain ip lab sink | jq '[.nftables[].rule.expr[]?.counter.packets // empty] | add'
 }
 
 # tx_packets DEV, rx_packets DEV: the device's own counters.
