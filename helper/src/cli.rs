@@ -1,5 +1,6 @@
 //! The command line: one variant a subcommand, one file a subcommand.
 
+use crate::vm::{self, VmCommand};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -12,9 +13,15 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    /// Run things in the lab's virtual machines
+    #[command(subcommand)]
+    Vm(VmCommand),
+}
 
 /// Parse the command line, run the subcommand, turn its result into an exit code.
 pub fn run() -> ExitCode {
-    match Cli::parse().command {}
+    match &Cli::parse().command {
+        Command::Vm(command) => vm::run(command),
+    }
 }

@@ -1,0 +1,56 @@
+//! `cpubond vm`: the lab. Two machines under QEMU, cabled NIC to NIC: `server` with
+//! our modules, `peer` with the stock kernel as the switch's end of the aggregate.
+//!
+//! ```text
+//! host: test, shell, demo ─ lab ─ machine (QEMU, monitor, console) × 2
+//!                                 guest   (commands and calls, JSON lines)
+//!                                   │ virtio-serial
+//! guest: agent ───────────────────── ┘ ─ /run/cpubond.sock ─ cpubond vm call
+//! ```
+
+mod agent;
+mod console;
+mod guest;
+mod image;
+mod ktap;
+mod lab;
+mod machine;
+mod shell;
+mod test;
+mod topology;
+mod wire;
+
+use std::process::ExitCode;
+
+/// Run things in the lab's virtual machines.
+#[derive(clap::Subcommand)]
+pub enum VmCommand {
+    /// Run guest tests
+    Test(test::Args),
+    /// A shell in a machine of the lab
+    Shell(shell::Args),
+    /// In a guest: do what the host says
+    #[command(hide = true)]
+    Agent,
+    /// In a guest: ask the host for something
+    #[command(hide = true)]
+    Call {
+        /// `run server|peer CMD`, or `link ethK on|off`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+/// Run one, with what went wrong on one line.
+pub fn run(command: &VmCommand) -> ExitCode {
+    let result = match command {
+        VmCommand::Test(args) => test::run(args),
+        VmCommand::Shell(args) => shell::run(args),
+        VmCommand::Agent => agent::run(),
+        VmCommand::Call { args } => agent::call(args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("cpubond: error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

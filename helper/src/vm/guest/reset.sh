@@ -1,0 +1,39 @@
+#!/bin/bash
+# Put a guest back to what it was after boot, so that the next test starts from a
+# known state. Fails when that cannot be done; the harness then boots a new one.
+
+rc=0
+pkill -x 'lighttpd|ab|iperf3|irqbalance|tcpdump|ping|strace'
+
+for online in /sys/devices/system/cpu/cpu*/online; do
+	[ "$(<"$online")" = 1 ] || echo 1 >"$online" || rc=1
+done
+
+for event in /sys/kernel/tracing/events/net/*/trigger; do
+	grep -v '^#' "$event" | while read -r trigger; do
+		echo "!${trigger%% \[*}" >"$event"
+	done
+done
+nft flush ruleset 2>/dev/null
+
+for dev in /sys/class/net/*; do
+	dev=${dev##*/}
+	case $dev in
+	lo | eth* | bonding_masters) ;;
+	*) ip link del "$dev" 2>/dev/null ;;
+	esac
+done
+for module in pktgen bond_cpu_bound bonding; do
+	[ ! -d "/sys/module/$module" ] || rmmod "$module" || rc=1
+done
+
+# New NICs: addresses, IRQ affinity, queue counts, XPS and RPS as they were at boot.
+rmmod virtio_net && modprobe virtio_net || rc=1
+nics=$(grep -o 'cpubond.nics=[0-9]*' /proc/cmdline)
+for _ in {1..50}; do
+	# bash's own `[ -e` on the last one is enough: they come in order.
+	[ ! -e "/sys/class/net/eth$((${nics#*=} - 1))" ] || break
+	sleep 0.1
+done
+[ -e "/sys/class/net/eth$((${nics#*=} - 1))" ] || rc=1
+exit $rc
