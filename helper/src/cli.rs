@@ -1,20 +1,43 @@
 //! The command line: one variant a subcommand, one file a subcommand.
 
+use crate::down::Down;
+use crate::show::Show;
+use crate::up::Up;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// Keep every flow on one CPU and one NIC.
+/// Keep every flow on one CPU and one NIC
 #[derive(Parser)]
-#[command(name = "cpubond", version)]
+#[command(
+    name = "cpubond",
+    version,
+    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 drift, 4 kernel or module unsupported, \
+                  5 partly applied and rolled back."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Up(Up),
+    Show(Show),
+    Down(Down),
+}
 
 /// Parse the command line, run the subcommand, turn its result into an exit code.
 pub fn run() -> ExitCode {
-    match Cli::parse().command {}
+    let result = match Cli::parse().command {
+        Command::Up(up) => up.run(),
+        Command::Show(show) => show.run(),
+        Command::Down(down) => down.run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cpubond: {error}");
+            ExitCode::from(error.exit as u8)
+        }
+    }
 }
