@@ -74,10 +74,14 @@ pub fn cpus_by_hand(host: &Host, slave: &str) -> Option<CpuSet> {
     slave_option(host, slave, "cpus")?.parse().ok()
 }
 
+/// Whether the bond thinks the slave's link is up.
+pub fn has_link(host: &Host, slave: &str) -> bool {
+    slave_option(host, slave, "mii_status").as_deref() == Some("up")
+}
+
 /// Whether the bond lets this slave send now.
 pub fn is_usable(host: &Host, slave: &str) -> bool {
-    let is = |name, value| slave_option(host, slave, name).as_deref() == Some(value);
-    is("mii_status", "up") && is("state", "active")
+    has_link(host, slave) && slave_option(host, slave, "state").as_deref() == Some("active")
 }
 
 fn parse_map(text: &str) -> Vec<MapLine> {

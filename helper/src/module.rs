@@ -4,7 +4,6 @@ use crate::bond;
 use crate::error::{Error, Exit, Result};
 use crate::host::Host;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Command;
 
@@ -36,13 +35,11 @@ pub fn driver(host: &Host) -> Driver {
 }
 
 fn knows_map(host: &Host) -> bool {
-    let Ok(symbols) = fs::File::open(host.proc.join("kallsyms")) else {
-        return false;
-    };
-    BufReader::new(symbols)
-        .lines()
-        .map_while(std::result::Result::ok)
-        .any(|line| line.contains("cpu_bound_map") && !line.ends_with("[bond_cpu_bound]"))
+    fs::read_to_string(host.proc.join("kallsyms")).is_ok_and(|symbols| {
+        symbols
+            .lines()
+            .any(|line| line.contains("cpu_bound_map") && !line.ends_with("[bond_cpu_bound]"))
+    })
 }
 
 fn is_loaded(host: &Host, module: &str) -> bool {
@@ -66,13 +63,11 @@ pub fn check(host: &Host, needs_policy: bool) -> Result<()> {
     }
 }
 
-/// Load what is missing: from `dir` if given, else what `modprobe` finds.
+/// Load what is missing: from `dir` if given, else what `modprobe` finds. What is loaded already
+/// has passed `check`.
 pub fn load(host: &Host, dir: Option<&Path>, needs_policy: bool) -> Result<Loaded> {
     let mut loaded = Loaded::default();
-    let result = loaded
-        .load(host, dir, needs_policy)
-        .and_then(|()| check(host, needs_policy));
-    match result {
+    match loaded.load(host, dir, needs_policy) {
         Ok(()) => Ok(loaded),
         Err(error) => {
             loaded.unload();
@@ -94,10 +89,16 @@ impl Loaded {
                 }
             }
             self.0.push("bonding");
+            if needs_policy && driver(host) == Driver::Stock {
+                return Err(Error::new(
+                    "bonding",
+                    "the driver that would be loaded is the stock one, without transmit policies",
+                )
+                .fix("install the patched bonding.ko, or name its directory with --module-dir")
+                .exit(Exit::Unsupported));
+            }
         }
         if needs_policy && !is_loaded(host, POLICY) {
-            // insmod would call this "unknown symbol".
-            check(host, needs_policy)?;
             match dir {
                 None => run("modprobe", &[POLICY])?,
                 Some(dir) => insmod(&dir.join(format!("{POLICY}.ko")), &[])?,

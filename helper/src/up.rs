@@ -378,28 +378,49 @@ impl Up {
         self.settle(host, &bindings, go_on)
     }
 
-    /// Wait until the kernel shows what was set up. A slave without a link, or one that LACP has
-    /// not let in yet, is worth a warning; a usable one that the map does not show is an error.
+    /// Wait until the kernel shows what was set up. A slave without a link, one that LACP has not
+    /// let in yet, or an interrupt that will move when it next fires, is worth a warning (by
+    /// `report`); an interrupt that has moved, on a usable slave, and that the map does not follow
+    /// is an error.
     fn settle(
         &self,
         host: &Host,
         bindings: &[Binding],
         go_on: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(self.wait.into());
+        let wait = Duration::from_secs(self.wait.into());
+        let start = Instant::now();
+        let mut steady = start;
+        let mut expected = self.expected_map(host, bindings);
         loop {
             go_on()?;
+            let now_expected = self.expected_map(host, bindings);
+            if now_expected != expected {
+                // The kernel looks at interrupts about once a second: give it time again.
+                expected = now_expected;
+                steady = Instant::now();
+            }
             let waiting: Vec<&Binding> = bindings
                 .iter()
-                .filter(|binding| !bond::is_usable(host, &binding.slave))
+                .filter(|binding| !self.may_send(host, &binding.slave))
                 .collect();
-            let mismatch = self.map_mismatch(host, bindings);
-            if waiting.is_empty() && mismatch.is_none() {
+            let pending = bindings.iter().any(|binding| binding.is_pending(host));
+            let mismatch = self.map_mismatch(host, &expected);
+            if waiting.is_empty() && !pending && mismatch.is_none() {
                 return Ok(());
             }
-            if Instant::now() < deadline {
+            // Not for ever, should something keep moving interrupts.
+            let patience = if mismatch.is_some() {
+                steady.elapsed()
+            } else {
+                start.elapsed()
+            };
+            if patience < wait && start.elapsed() < 5 * wait {
                 thread::sleep(Duration::from_millis(50));
                 continue;
+            }
+            if let Some(line) = mismatch {
+                return Err(Error::new(&self.bond, line));
             }
             for Binding { slave, .. } in waiting {
                 eprintln!(
@@ -411,33 +432,45 @@ impl Up {
                     self.wait
                 );
             }
-            return match mismatch {
-                Some(line) => Err(Error::new(&self.bond, line)),
-                None => Ok(()),
-            };
+            return Ok(());
         }
     }
 
-    /// The first CPU that the kernel's map does not bind to the slave it was given to.
-    fn map_mismatch(&self, host: &Host, bindings: &[Binding]) -> Option<String> {
-        if !self.needs_policy() {
-            return None;
+    fn may_send(&self, host: &Host, slave: &str) -> bool {
+        match self.mode {
+            // All but one are backups, as they should be.
+            Mode::ActiveBackup => bond::has_link(host, slave),
+            _ => bond::is_usable(host, slave),
         }
-        let map = bond::map(host, &self.bond).unwrap_or_default();
-        let usable = bindings
+    }
+
+    /// Which CPUs the map must show as bound to which slave by now.
+    fn expected_map(&self, host: &Host, bindings: &[Binding]) -> Vec<(String, CpuSet)> {
+        bindings
             .iter()
-            .filter(|binding| bond::is_usable(host, &binding.slave));
-        for binding in usable {
-            for cpu in binding.bound_cpus(self.set_cpus).iter() {
+            .filter(|binding| self.needs_policy() && bond::is_usable(host, &binding.slave))
+            .map(|binding| {
+                (
+                    binding.slave.clone(),
+                    binding.bound_cpus(host, self.set_cpus),
+                )
+            })
+            .collect()
+    }
+
+    /// The first CPU that the kernel's map does not bind to the slave it was given to.
+    fn map_mismatch(&self, host: &Host, expected: &[(String, CpuSet)]) -> Option<String> {
+        let map = bond::map(host, &self.bond).unwrap_or_default();
+        for (slave, cpus) in expected {
+            for cpu in cpus.iter() {
                 let line = map.iter().find(|line| line.cpu == cpu);
-                if !line.is_some_and(|line| line.is_bound() && line.slaves.contains(&binding.slave))
-                {
+                if !line.is_some_and(|line| line.is_bound() && line.slaves.contains(slave)) {
                     let found = line.map_or("nothing".to_string(), |line| {
                         format!("'{} {}'", line.slaves.join(","), line.reason)
                     });
                     return Some(format!(
-                        "CPU {cpu} was given to {}, but after {} s cpu_bound_map has {found}",
-                        binding.slave, self.wait
+                        "CPU {cpu} was given to {slave}, but after {} s cpu_bound_map has {found}",
+                        self.wait
                     ));
                 }
             }
@@ -521,13 +554,29 @@ impl Binding {
         Ok(changes)
     }
 
-    /// The CPUs that the map must show as bound to the slave.
-    fn bound_cpus(&self, set_cpus: bool) -> CpuSet {
+    /// The CPUs that the map must show as bound to the slave by now.
+    fn bound_cpus(&self, host: &Host, set_cpus: bool) -> CpuSet {
         match set_cpus || self.queue_irqs.is_empty() {
             true => self.share.iter().copied().collect(),
-            false => self.queue_irqs.iter().map(|(_, cpu)| *cpu).collect(),
+            false => self
+                .queue_irqs
+                .iter()
+                .filter(|(irq, cpu)| has_moved(host, irq, *cpu))
+                .map(|(_, cpu)| *cpu)
+                .collect(),
         }
     }
+
+    /// Without interrupt remapping, x86 moves an interrupt only when it fires.
+    fn is_pending(&self, host: &Host) -> bool {
+        self.queue_irqs
+            .iter()
+            .any(|(irq, cpu)| !has_moved(host, irq, *cpu))
+    }
+}
+
+fn has_moved(host: &Host, irq: &Irq, cpu: u32) -> bool {
+    irq::effective_affinity(host, irq.number).is_ok_and(|cpus| cpus == CpuSet::from_iter([cpu]))
 }
 
 fn cpu_of_queue(share: &[u32], queue: u32) -> Option<u32> {
