@@ -1,12 +1,20 @@
 //! The command line: one variant a subcommand, one file a subcommand.
 
+use crate::down::Down;
+use crate::show::Show;
+use crate::up::Up;
 use crate::vm::{self, VmCommand};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// Keep every flow on one CPU and one NIC.
+/// Keep every flow on one CPU and one NIC
 #[derive(Parser)]
-#[command(name = "cpubond", version)]
+#[command(
+    name = "cpubond",
+    version,
+    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 drift, 4 kernel or module unsupported, \
+                  5 partly applied and rolled back."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -14,6 +22,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Up(Up),
+    Show(Show),
+    Down(Down),
     /// Run things in the lab's virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
@@ -21,7 +32,17 @@ enum Command {
 
 /// Parse the command line, run the subcommand, turn its result into an exit code.
 pub fn run() -> ExitCode {
-    match &Cli::parse().command {
-        Command::Vm(command) => vm::run(command),
+    let result = match Cli::parse().command {
+        Command::Up(up) => up.run(),
+        Command::Show(show) => show.run(),
+        Command::Down(down) => down.run(),
+        Command::Vm(command) => return vm::run(&command),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cpubond: {error}");
+            ExitCode::from(error.exit as u8)
+        }
     }
 }

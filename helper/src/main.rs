@@ -1,6 +1,23 @@
 //! `cpubond`: one CPU and one NIC for every flow, receive to transmit.
 
+mod bond;
+mod change;
 mod cli;
+mod cpulist;
+mod down;
+mod error;
+mod host;
+mod irq;
+mod journal;
+mod link;
+mod module;
+mod netlink;
+mod shares;
+mod show;
+#[cfg(test)]
+mod testing;
+mod topology;
+mod up;
 mod vm;
 
 fn main() -> std::process::ExitCode {

@@ -1,0 +1,92 @@
+//! Network devices as sysfs shows them.
+
+use crate::cpulist::CpuSet;
+use crate::host::{self, Host};
+use std::fs;
+use std::path::PathBuf;
+
+pub fn exists(host: &Host, link: &str) -> bool {
+    host.link(link).exists()
+}
+
+pub fn index(host: &Host, link: &str) -> Option<u32> {
+    host::read_if_any(&host.link(link).join("ifindex"))?
+        .parse()
+        .ok()
+}
+
+/// The bond, bridge or other device that has this one.
+pub fn master(host: &Host, link: &str) -> Option<String> {
+    let master = fs::read_link(host.link(link).join("master")).ok()?;
+    Some(master.file_name()?.to_str()?.to_string())
+}
+
+/// Devices stacked on this one: VLANs, macvlans, and its master if it has one.
+pub fn uppers(host: &Host, link: &str) -> Vec<String> {
+    host::names(&host.link(link))
+        .into_iter()
+        .filter_map(|name| name.strip_prefix("upper_").map(str::to_string))
+        .collect()
+}
+
+pub fn flags(host: &Host, link: &str) -> u32 {
+    host::read_if_any(&host.link(link).join("flags"))
+        .and_then(|flags| u32::from_str_radix(flags.trim_start_matches("0x"), 16).ok())
+        .unwrap_or(0)
+}
+
+pub fn is_up(host: &Host, link: &str) -> bool {
+    const IFF_UP: u32 = 1;
+    flags(host, link) & IFF_UP != 0
+}
+
+pub fn is_loopback(host: &Host, link: &str) -> bool {
+    const IFF_LOOPBACK: u32 = 8;
+    flags(host, link) & IFF_LOOPBACK != 0
+}
+
+pub fn is_ethernet(host: &Host, link: &str) -> bool {
+    const ARPHRD_ETHER: &str = "1";
+    host::read_if_any(&host.link(link).join("type")).as_deref() == Some(ARPHRD_ETHER)
+}
+
+pub fn has_carrier(host: &Host, link: &str) -> bool {
+    host::read_if_any(&host.link(link).join("carrier")).as_deref() == Some("1")
+}
+
+pub fn numa_node(host: &Host, link: &str) -> Option<u32> {
+    // -1, "no node", does not parse.
+    host::read_if_any(&host.link(link).join("device/numa_node"))?
+        .parse()
+        .ok()
+}
+
+/// A queue's CPU mask file and what it holds.
+pub struct QueueCpus {
+    pub queue: u32,
+    pub path: PathBuf,
+    pub cpus: CpuSet,
+}
+
+/// Which CPUs send on each transmit queue; none for a device with one queue, which has no choice
+/// to make.
+pub fn xps(host: &Host, link: &str) -> Vec<QueueCpus> {
+    queues(host, link, "tx-", "xps_cpus")
+}
+
+/// Which CPUs each receive queue's packets are passed on to; an empty set is "off".
+pub fn rps(host: &Host, link: &str) -> Vec<QueueCpus> {
+    queues(host, link, "rx-", "rps_cpus")
+}
+
+fn queues(host: &Host, link: &str, prefix: &str, file: &str) -> Vec<QueueCpus> {
+    let queues = host.link(link).join("queues");
+    host::numbered(&queues, prefix)
+        .into_iter()
+        .filter_map(|queue| {
+            let path = queues.join(format!("{prefix}{queue}")).join(file);
+            let cpus = CpuSet::from_mask(&host::read_if_any(&path)?).ok()?;
+            Some(QueueCpus { queue, path, cpus })
+        })
+        .collect()
+}

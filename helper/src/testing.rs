@@ -1,0 +1,313 @@
+//! A made-up machine in a temporary directory, and a kernel that works on it.
+
+use crate::change::{BondOptions, Kernel};
+use crate::cpulist::CpuSet;
+use crate::error::{Error, Result};
+use crate::host::{self, Host};
+use crate::{irq, link};
+use ipnet::IpNet;
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+pub struct Fake {
+    root: TempDir,
+}
+
+impl Fake {
+    pub fn new() -> Self {
+        let fake = Self {
+            root: TempDir::new().unwrap(),
+        };
+        fs::create_dir_all(fake.path("sys/class/net")).unwrap();
+        fs::create_dir_all(fake.path("proc")).unwrap();
+        fs::create_dir_all(fake.path("sys/bus/pci")).unwrap();
+        fake
+    }
+
+    /// `count` CPUs without NUMA, SMT or shared caches.
+    pub fn with_cpus(count: u32) -> Self {
+        let fake = Self::new();
+        for cpu in 0..count {
+            fake.cpu(cpu, None, &cpu.to_string());
+        }
+        fake.file(
+            "sys/devices/system/cpu/online",
+            &format!("0-{}\n", count - 1),
+        );
+        fake
+    }
+
+    pub fn host(&self) -> Host {
+        Host {
+            sys: self.path("sys"),
+            proc: self.path("proc"),
+            run: self.path("run"),
+        }
+    }
+
+    pub fn path(&self, path: &str) -> PathBuf {
+        self.root.path().join(path)
+    }
+
+    pub fn file(&self, path: &str, text: &str) {
+        let path = self.path(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    pub fn text(&self, path: &str) -> String {
+        fs::read_to_string(self.path(path))
+            .unwrap()
+            .trim()
+            .to_string()
+    }
+
+    pub fn cpu(&self, cpu: u32, node: Option<u32>, core: &str) {
+        let dir = format!("sys/devices/system/cpu/cpu{cpu}");
+        self.file(&format!("{dir}/topology/thread_siblings_list"), core);
+        if let Some(node) = node {
+            self.file(&format!("{dir}/node{node}/cpulist"), "");
+        }
+    }
+
+    /// A virtio-net device below a PCI device with these interrupts, all on CPU 0, and as many
+    /// queues as interrupts with "input" in their names.
+    pub fn nic(&self, name: &str, irqs: &[(u32, &str)]) {
+        let pci = format!("sys/devices/pci0000:00/{name}-pci");
+        let net = format!("{pci}/virtio/net/{name}");
+        self.file(&format!("{net}/flags"), "0x1002\n");
+        self.file(&format!("{net}/type"), "1\n");
+        self.file(&format!("{net}/carrier"), "1\n");
+        self.file(
+            &format!("{net}/ifindex"),
+            &format!(
+                "{}\n",
+                10 + name.len() + usize::from(name.as_bytes()[name.len() - 1])
+            ),
+        );
+        symlink(
+            self.path(&format!("{pci}/virtio")),
+            self.path(&format!("{net}/device")),
+        )
+        .unwrap();
+        symlink(
+            self.path("sys/bus/pci"),
+            self.path(&format!("{pci}/subsystem")),
+        )
+        .unwrap();
+        symlink(self.path(&net), self.path(&format!("sys/class/net/{name}"))).unwrap();
+        for (number, action) in irqs {
+            self.file(&format!("{pci}/msi_irqs/{number}"), "msix\n");
+            self.file(
+                &format!("sys/kernel/irq/{number}/actions"),
+                &format!("{action}\n"),
+            );
+            self.file(&format!("proc/irq/{number}/smp_affinity_list"), "0\n");
+            symlink(
+                "smp_affinity_list",
+                self.path(&format!("proc/irq/{number}/effective_affinity_list")),
+            )
+            .unwrap();
+        }
+        let queues = irqs
+            .iter()
+            .filter(|(_, action)| action.contains("input"))
+            .count();
+        for queue in 0..queues {
+            self.file(&format!("{net}/queues/rx-{queue}/rps_cpus"), "3\n");
+            self.file(&format!("{net}/queues/tx-{queue}/xps_cpus"), "f\n");
+        }
+    }
+
+    /// All files and what they hold, for "nothing was changed".
+    pub fn snapshot(&self) -> BTreeMap<PathBuf, String> {
+        fn walk(dir: &Path, files: &mut BTreeMap<PathBuf, String>) {
+            for entry in fs::read_dir(dir).unwrap().flatten() {
+                let kind = entry.file_type().unwrap();
+                if kind.is_dir() {
+                    walk(&entry.path(), files);
+                } else if kind.is_symlink() {
+                    let target = fs::read_link(entry.path()).unwrap();
+                    files.insert(entry.path(), target.display().to_string());
+                } else {
+                    let text = fs::read_to_string(entry.path()).unwrap();
+                    files.insert(entry.path(), text.trim().to_string());
+                }
+            }
+        }
+        let mut files = BTreeMap::new();
+        walk(self.root.path(), &mut files);
+        files.retain(|path, _| !path.ends_with("run/lock"));
+        files
+    }
+}
+
+/// Does to the made-up machine what rtnetlink does to a real one.
+pub struct FakeKernel<'a> {
+    pub fake: &'a Fake,
+    /// Writes until one fails, and whether all later ones do too.
+    pub fail_after: Option<usize>,
+    pub stay_broken: bool,
+    pub writes: usize,
+    pub addresses: Vec<(String, IpNet)>,
+    /// The map the driver shows does not follow the interrupts.
+    pub wrong_map: bool,
+}
+
+impl<'a> FakeKernel<'a> {
+    pub fn new(fake: &'a Fake) -> Self {
+        Self {
+            fake,
+            fail_after: None,
+            stay_broken: false,
+            writes: 0,
+            addresses: Vec::new(),
+            wrong_map: false,
+        }
+    }
+
+    fn count(&mut self) -> Result<()> {
+        self.writes += 1;
+        match self.fail_after {
+            Some(limit) if self.writes == limit || (self.stay_broken && self.writes > limit) => {
+                Err(Error::new("fake", "made to fail"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn net(&self, link: &str, file: &str) -> PathBuf {
+        self.fake.path(&format!("sys/class/net/{link}/{file}"))
+    }
+
+    fn put(&self, link: &str, file: &str, text: &str) {
+        self.fake
+            .file(&format!("sys/class/net/{link}/{file}"), text);
+    }
+
+    fn update_map(&self, bond: &str) {
+        let host = self.fake.host();
+        let slaves = crate::bond::slaves(&host, bond);
+        let mut map = String::new();
+        for cpu in crate::topology::online(&host).unwrap() {
+            let own = |slave: &&String| {
+                irq::of_link(&host, slave).iter().any(|irq| {
+                    irq.queue.is_some()
+                        && irq::effective_affinity(&host, irq.number)
+                            .unwrap()
+                            .contains(cpu.id)
+                })
+            };
+            let by_hand = |slave: &&String| {
+                crate::bond::cpus_by_hand(&host, slave).is_some_and(|cpus| cpus.contains(cpu.id))
+            };
+            let named = |pick: &dyn Fn(&&String) -> bool| {
+                slaves
+                    .iter()
+                    .filter(pick)
+                    .cloned()
+                    .collect::<Vec<_>>()
+                    .join(",")
+            };
+            let line = match (named(&by_hand), named(&own)) {
+                _ if self.wrong_map => format!("{} {} any\n", cpu.id, slaves.join(",")),
+                (set, _) if !set.is_empty() => format!("{} {set} set\n", cpu.id),
+                (_, irq) if !irq.is_empty() => format!("{} {irq} irq\n", cpu.id),
+                _ => format!("{} {} any\n", cpu.id, slaves.join(",")),
+            };
+            map.push_str(&line);
+        }
+        self.put(bond, "bonding/cpu_bound_map", &map);
+    }
+}
+
+impl Kernel for FakeKernel<'_> {
+    fn create_bond(&mut self, bond: &str, options: &BondOptions) -> Result<()> {
+        self.count()?;
+        self.put(bond, "ifindex", "77\n");
+        self.put(bond, "flags", "0x1402\n");
+        self.put(bond, "bonding/mode", &format!("fake {}\n", options.mode));
+        self.put(bond, "bonding/slaves", "\n");
+        self.put(bond, "bonding/cpu_bound_map", "");
+        Ok(())
+    }
+
+    fn delete(&mut self, link: &str) -> Result<()> {
+        self.count()?;
+        fs::remove_dir_all(self.fake.path(&format!("sys/class/net/{link}"))).unwrap();
+        self.addresses.retain(|(of, _)| of != link);
+        Ok(())
+    }
+
+    fn set_up(&mut self, link: &str, up: bool) -> Result<()> {
+        self.count()?;
+        let flags = link::flags(&self.fake.host(), link) & !1 | u32::from(up);
+        self.put(link, "flags", &format!("{flags:#x}\n"));
+        if up && self.net(link, "bonding").exists() {
+            self.update_map(link);
+        }
+        Ok(())
+    }
+
+    fn set_master(&mut self, link: &str, master: Option<&str>) -> Result<()> {
+        self.count()?;
+        let host = self.fake.host();
+        let old = link::master(&host, link);
+        let bond = master.or(old.as_deref()).unwrap().to_string();
+        let mut slaves = crate::bond::slaves(&host, &bond);
+        slaves.retain(|slave| slave != link);
+        match master {
+            Some(master) => {
+                slaves.push(link.to_string());
+                symlink(
+                    self.fake.path(&format!("sys/class/net/{master}")),
+                    self.net(link, "master"),
+                )
+                .unwrap();
+                self.put(link, "bonding_slave/mii_status", "up\n");
+                self.put(link, "bonding_slave/state", "active\n");
+                self.put(link, "bonding_slave/cpus", "\n");
+                self.put(link, "bonding_slave/cpu_bound_stats", "local 0\nremote 0\n");
+            }
+            None => {
+                fs::remove_file(self.net(link, "master")).unwrap();
+                fs::remove_dir_all(self.net(link, "bonding_slave")).unwrap();
+            }
+        }
+        // A slave is opened when enslaved, closed when released.
+        let flags = link::flags(&host, link) & !1 | u32::from(master.is_some());
+        self.put(link, "flags", &format!("{flags:#x}\n"));
+        self.put(&bond, "bonding/slaves", &format!("{}\n", slaves.join(" ")));
+        Ok(())
+    }
+
+    fn add_address(&mut self, link: &str, address: IpNet) -> Result<()> {
+        self.count()?;
+        self.addresses.push((link.to_string(), address));
+        Ok(())
+    }
+
+    fn addresses(&mut self, link: &str) -> Result<Vec<IpNet>> {
+        Ok(self
+            .addresses
+            .iter()
+            .filter(|(of, _)| of == link)
+            .map(|(_, address)| *address)
+            .collect())
+    }
+
+    fn write(&mut self, path: &Path, value: &str) -> Result<()> {
+        self.count()?;
+        let _: String = host::read(path)?;
+        fs::write(path, format!("{value}\n")).unwrap();
+        Ok(())
+    }
+}
+
+/// `"0-3"` as a set.
+pub fn cpus(list: &str) -> CpuSet {
+    list.parse().unwrap()
+}

@@ -1,0 +1,69 @@
+//! The binary itself: exit codes and one-line errors. Nothing here gets as far as a write.
+
+use assert_cmd::Command;
+
+/// Run, and give back the exit code and what was said on stderr.
+fn cpubond(arguments: &str) -> (Option<i32>, String) {
+    let output = Command::cargo_bin("cpubond")
+        .expect("the binary is built with its tests")
+        .args(arguments.split_whitespace())
+        .output()
+        .expect("the binary runs");
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    )
+}
+
+#[test]
+fn usage_errors_exit_with_2() {
+    for arguments in [
+        "",
+        "frobnicate",
+        "up",
+        "up bond0",
+        "up bond0 eth0 --mode lacp",
+        "up bond0 eth0 --address 192.0.2.1",
+        "up bond0 eth0 --address 127.0.0.1/8",
+        "up bond0 eth0 --address 192.0.2.1/33",
+        "up bond0 eth0 --cpus 3-1",
+        "up bond0 eth0 --cpus 0x3",
+        "up bond0 eth0 eth0",
+        "up bond0 bond0",
+        "up bond0 eth0 --lacp-rate fast",
+        "up bond0 eth0 --xmit-hash-policy layer2",
+        "down",
+        "down ../bond0",
+    ] {
+        let (code, errors) = cpubond(arguments);
+        assert_eq!(code, Some(2), "cpubond {arguments}: {errors}");
+    }
+}
+
+#[test]
+fn our_own_errors_are_one_line_with_the_fix() {
+    let (_, errors) = cpubond("up bond0 eth0 eth0");
+    assert_eq!(errors, "cpubond: eth0: named twice; name each slave once\n");
+    let (code, errors) = cpubond("show no-such-bond");
+    assert_eq!(code, Some(1));
+    assert_eq!(
+        errors,
+        "cpubond: no-such-bond: no such bond; \"cpubond show\" lists them\n"
+    );
+}
+
+#[test]
+fn help_has_examples() {
+    for subcommand in ["up", "show", "down"] {
+        let output = Command::cargo_bin("cpubond")
+            .expect("the binary is built with its tests")
+            .args([subcommand, "--help"])
+            .output()
+            .expect("the binary runs");
+        let help = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            help.contains(&format!("cpubond {subcommand} ")) && help.contains("Example"),
+            "{help}"
+        );
+    }
+}
