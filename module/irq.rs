@@ -164,10 +164,40 @@ impl Irq {
         !hint.is_null() || state & bindings::IRQD_AFFINITY_MANAGED != 0
     }
 
-    /// Calls `found` for each CPU that the interrupt goes to now.
+    /// The CPU that the interrupt will go to when it has fired once more. Some chips, MSI-X without
+    /// interrupt remapping among them, move it only then, which on an idle slave may be never.
+    fn pending_cpu(&self) -> Option<u32> {
+        let desc = self.0.as_ptr();
+        // SAFETY: `desc` is valid while `self` is.
+        let state =
+            unsafe { addr_of!((*desc).irq_common_data.state_use_accessors).read_volatile() };
+
+        if state & bindings::IRQD_SETAFFINITY_PENDING == 0 {
+            return None;
+        }
+        // SAFETY: As above, and its masks are allocated and freed with it.
+        #[cfg(CONFIG_GENERIC_PENDING_IRQ)]
+        let cpus = unsafe { mask(addr_of!((*desc).pending_mask).cast()) };
+        #[cfg(not(CONFIG_GENERIC_PENDING_IRQ))]
+        let cpus: Option<CpuSet<'_>> = None;
+        let mut cpus = cpus?.iter();
+
+        // Of several, the chip is yet to choose.
+        match (cpus.next(), cpus.next()) {
+            (cpu, None) => cpu,
+            _ => None,
+        }
+    }
+
+    /// Calls `found` for each CPU that the interrupt goes to now, or is about to.
     fn effective_cpus(&self, mut found: impl FnMut(u32)) {
         let desc = self.0.as_ptr();
         let mut any = false;
+
+        if let Some(cpu) = self.pending_cpu() {
+            found(cpu);
+            return;
+        }
 
         // SAFETY: `desc` is valid while `self` is, and its masks are allocated and freed with it.
         let effective =

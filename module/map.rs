@@ -51,7 +51,7 @@ impl Reason {
     }
 
     /// Whether the slaves are bound to the CPU itself, rather than a fallback.
-    pub fn is_local(self) -> bool {
+    pub const fn is_local(self) -> bool {
         matches!(self, Reason::Set | Reason::Irq)
     }
 }

@@ -1,0 +1,54 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Interrupts moved by hand under traffic: the map follows within 2 s, nothing is lost.
+#
+#   server bond0 (cpu_bound)                  peer bond0 (balance-xor)
+#     CPU 0 ⇄ eth0 ───────────────────────────── eth0
+#     CPU 1 ⇄ eth1 ───────────────────────────── eth1
+#     CPU 2 ⇄ eth2 ───────────────────────────── eth2
+#     CPU 3 ⇄ eth3 ───────────────────────────── eth3
+#
+# then CPU 1 ⇄ eth2 and CPU 2 ⇄ eth1.
+#
+# vm: cpus=4 nics=4 queues=1 peer=balance-xor timeout=120
+. "$(dirname "$0")/lib.sh"
+. "$(dirname "$0")/traffic.bash"
+
+swap() {
+	local start ms
+	policy_up
+	leaves_by 1 eth1
+	open_sink
+	start_traffic 0 1 2 3
+	start=${EPOCHREALTIME/./}
+	bind_irq eth1 2
+	bind_irq eth2 1
+	until map_is 1 eth2 irq && map_is 2 eth1 irq; do
+		ms=$(((${EPOCHREALTIME/./} - start) / 1000))
+		check_le "ms without a map that follows ('$(bond_map 1)', '$(bond_map 2)')" "$ms" 2000
+		sleep 0.05
+	done
+	note "the map followed after $(((${EPOCHREALTIME/./} - start) / 1000)) ms"
+	sleep 0.5
+	stop_traffic
+	nothing_lost
+}
+
+moved() {
+	leaves_by 1 eth2
+	leaves_by 2 eth1
+	leaves_by 0 eth0
+}
+
+gather() {
+	bind_irq eth3 0
+	wait_for 2 map_is 0 eth0,eth3 irq
+	wait_for 2 falls_back 3
+	spreads 0 200 eth0 eth3
+}
+
+ktap_plan 3
+ktap_run "the map follows two interrupts that change places, and nothing is lost" swap
+ktap_run "packets leave by the new slaves" moved
+ktap_run "two slaves on one CPU share its flows, and the other CPU falls back" gather
+ktap_finished
