@@ -264,15 +264,14 @@ impl SlaveReport {
 
     fn warn(&self, map: &BTreeMap<u32, &MapLine>, usable: bool, warnings: &mut Vec<String>) {
         let slave = &self.slave;
+        let mut pending = Vec::new();
         for irq in self.queue_irqs() {
             let (Some(affinity), Some(effective)) = (&irq.affinity, &irq.effective) else {
                 continue;
             };
             let number = irq.irq;
             if !effective.is_subset(affinity) {
-                warnings.push(format!(
-                    "{slave}: IRQ {number} was sent to CPU {affinity} but is still on CPU {effective}; it moves when it next fires"
-                ));
+                pending.push(format!("{number} (from CPU {effective} to {affinity})"));
             }
             if map.is_empty() || !usable {
                 continue;
@@ -288,6 +287,12 @@ impl SlaveReport {
                     ));
                 }
             }
+        }
+        if !pending.is_empty() {
+            warnings.push(format!(
+                "{slave}: these interrupts move when they next fire: {}",
+                pending.join(", ")
+            ));
         }
         for (queue, cpus) in self.rps.iter().filter(|(_, cpus)| !cpus.is_empty()) {
             warnings.push(format!(
@@ -369,10 +374,11 @@ impl fmt::Display for BondReport {
                 slave.slave.clone(),
                 or_dash(slave.state.clone().unwrap_or_default()),
                 or_dash(slave.mii_status.clone().unwrap_or_default()),
-                slave
-                    .cpus
-                    .as_ref()
-                    .map_or("auto".to_string(), CpuSet::to_string),
+                match &slave.cpus {
+                    Some(cpus) => cpus.to_string(),
+                    None if self.policy_in_use == Some(true) => "auto".to_string(),
+                    None => "-".to_string(),
+                },
                 or_dash(irqs.join(" ")),
                 queues(&slave.xps),
                 queues(&slave.rps),

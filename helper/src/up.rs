@@ -1,6 +1,6 @@
 //! `cpubond up`: make a bond in which every CPU has its own slave, or change nothing.
 
-use crate::bond;
+use crate::bond::{self, MapLine};
 use crate::change::{self, BondOptions, Change, Format, Kernel};
 use crate::cpulist::CpuSet;
 use crate::error::{Error, Exit, Result};
@@ -444,25 +444,29 @@ impl Up {
         }
     }
 
-    /// Which CPUs the map must show as bound to which slave by now.
-    fn expected_map(&self, host: &Host, bindings: &[Binding]) -> Vec<(String, CpuSet)> {
+    /// What the map must show by now.
+    fn expected_map(&self, host: &Host, bindings: &[Binding]) -> Vec<Expected> {
         bindings
             .iter()
             .filter(|binding| self.needs_policy() && bond::is_usable(host, &binding.slave))
-            .map(|binding| {
-                (
-                    binding.slave.clone(),
-                    binding.bound_cpus(host, self.set_cpus),
-                )
+            .map(|binding| Expected {
+                slave: binding.slave.clone(),
+                bound: binding.bound_cpus(host, self.set_cpus),
+                interrupted: binding.interrupted_cpus(host),
             })
             .collect()
     }
 
-    /// The first CPU that the kernel's map does not bind to the slave it was given to.
-    fn map_mismatch(&self, host: &Host, expected: &[(String, CpuSet)]) -> Option<String> {
+    /// The first CPU that the kernel's map binds otherwise.
+    fn map_mismatch(&self, host: &Host, expected: &[Expected]) -> Option<String> {
         let map = bond::map(host, &self.bond).unwrap_or_default();
-        for (slave, cpus) in expected {
-            for cpu in cpus.iter() {
+        for Expected {
+            slave,
+            bound,
+            interrupted,
+        } in expected
+        {
+            for cpu in bound.iter() {
                 let line = map.iter().find(|line| line.cpu == cpu);
                 if !line.is_some_and(|line| line.is_bound() && line.slaves.contains(slave)) {
                     let found = line.map_or("nothing".to_string(), |line| {
@@ -473,6 +477,17 @@ impl Up {
                         self.wait
                     ));
                 }
+            }
+            let stale = map.iter().find(|line| {
+                line.reason == "irq"
+                    && line.slaves.contains(slave)
+                    && !interrupted.contains(line.cpu)
+            });
+            if let Some(MapLine { cpu, .. }) = stale {
+                return Some(format!(
+                    "after {} s cpu_bound_map binds CPU {cpu} to {slave}, none of whose interrupts goes there",
+                    self.wait
+                ));
             }
         }
         None
@@ -567,12 +582,32 @@ impl Binding {
         }
     }
 
+    /// The CPUs that the slave's queue interrupts go to now, wherever they were sent.
+    fn interrupted_cpus(&self, host: &Host) -> CpuSet {
+        let now = self
+            .queue_irqs
+            .iter()
+            .filter_map(|(irq, _)| irq::effective_affinity(host, irq.number).ok());
+        now.flat_map(|cpus| cpus.iter().collect::<Vec<_>>())
+            .collect()
+    }
+
     /// Without interrupt remapping, x86 moves an interrupt only when it fires.
     fn is_pending(&self, host: &Host) -> bool {
         self.queue_irqs
             .iter()
             .any(|(irq, cpu)| !has_moved(host, irq, *cpu))
     }
+}
+
+/// What the map must show of a usable slave.
+#[derive(PartialEq, Eq)]
+struct Expected {
+    slave: String,
+    /// CPUs bound to it.
+    bound: CpuSet,
+    /// The only CPUs that may be bound to it by interrupt.
+    interrupted: CpuSet,
 }
 
 fn has_moved(host: &Host, irq: &Irq, cpu: u32) -> bool {
@@ -860,6 +895,39 @@ mod tests {
             "{error}"
         );
         assert_eq!(fake.snapshot(), before);
+    }
+
+    /// Interrupt `irq` stays where it is whatever is asked of it.
+    fn stuck(fake: &Fake, irq: u32, cpu: &str) {
+        let path = format!("proc/irq/{irq}/effective_affinity_list");
+        std::fs::remove_file(fake.path(&path)).unwrap();
+        fake.file(&path, cpu);
+    }
+
+    #[test]
+    fn an_interrupt_that_has_yet_to_move_is_no_error() {
+        let fake = machine();
+        stuck(&fake, 35, "1");
+        up("bond0 eth0 eth1")
+            .bring_up(&fake.host(), &mut FakeKernel::new(&fake), &go_on)
+            .unwrap();
+    }
+
+    #[test]
+    fn a_map_that_lags_behind_is_an_error() {
+        let fake = machine();
+        // When the map is made the interrupt is on CPU 1 still, and moves after that.
+        stuck(&fake, 35, "1");
+        let bond_is_up = || link::is_up(&fake.host(), "bond0");
+        let error = up("bond0 eth0 eth1")
+            .bring_up(&fake.host(), &mut FakeKernel::new(&fake), &|| {
+                if bond_is_up() {
+                    fake.file("proc/irq/35/effective_affinity_list", "2");
+                }
+                Ok(())
+            })
+            .unwrap_err();
+        assert!(error.to_string().contains("binds CPU 1 to eth1"), "{error}");
     }
 
     #[test]
