@@ -314,9 +314,10 @@ impl<P: TransmitPolicy> Registration<P> {
 
 impl<P: TransmitPolicy> Drop for Registration<P> {
     fn drop(&mut self) {
-        // SAFETY: It was registered by `new`. No bond uses it: each would hold a reference to the
-        // module, and we only get here when it unloads, or before its init has returned success,
-        // when `try_module_get()` fails.
+        // SAFETY: It was registered by `new`, and `ops` has not moved. No bond uses it: each that
+        // does holds a reference to the module, which we only get here without. For that,
+        // `Registration::new()` has to be the last thing in the module's init that can fail: a bond
+        // may find the policy from then on.
         unsafe { bindings::bond_xmit_unregister(ptr::from_ref(&*self.ops)) };
     }
 }

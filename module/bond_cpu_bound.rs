@@ -31,6 +31,7 @@ struct Module {
 
 impl kernel::Module for Module {
     fn init(module: &'static ThisModule) -> Result<Self> {
+        // Nothing may fail after this, see its `drop()`.
         Ok(Self {
             _registration: bond::Registration::new(module)?,
         })
