@@ -5,9 +5,10 @@
 #
 #   MIRROR=URL   take packages from there (default: this machine's own apt mirror)
 #
-# shellcheck source=scripts/lib.sh
+# shellcheck source=lib.sh
 . "$(dirname "$0")/lib.sh"
 
+SUITE=trixie
 PACKAGES=(
 	# The kernel is built with this gcc and this very rustc; out-of-tree Rust
 	# modules must match it.
@@ -86,7 +87,6 @@ include+=linux-base/$SUITE-backports
 
 # A mirror may hold no sources: iproute2's serves only the test of its patch.
 # INITRD=No: the hooks would only build an initramfs that nothing boots.
-# shellcheck disable=SC2016 # mmdebstrap's shell expands $1
 step "make the build root with kernel $kernel (about 700 MB to fetch, 3 GB on disk, 2 to 4 minutes)" "$log" \
 	as_root env INITRD=No mmdebstrap --variant=apt --mode=root --architectures=amd64 \
 	--keyring="$keyring" \

@@ -4,7 +4,7 @@
 # modules, the helper, the tests) as a second archive. Prints the directory that
 # holds `vmlinuz`, `base.cpio`, `kernel` (its release) and `root` (the build root).
 #
-# shellcheck source=scripts/lib.sh
+# shellcheck source=lib.sh
 . "$(dirname "$0")/lib.sh"
 
 # Every program of these packages, for the guests' shell and tests. No BusyBox: its
@@ -37,7 +37,6 @@ if [ ! -d "$image" ]; then
 	rm -rf "$tmp"
 	mkdir -p "$tmp"
 	trap 'rm -rf "$tmp"' EXIT
-	# shellcheck disable=SC2016 # the shell in the root expands these
 	IN_ROOT_BIND=$tmp:/mnt step "make the guest image (half a minute, 100 MB)" "$CACHE/log/guest-image.log" \
 		in_root bash -euo pipefail -c '
 			kernel=$1 packages=$2 programs=$3 modules=$4

@@ -7,7 +7,7 @@
 #   KDIR=DIR   use your own kernel tree instead (built on this host, by its compilers)
 #   KSRC=DIR   …whose source is there, when KDIR is only its headers or its O= tree
 #
-# shellcheck source=scripts/lib.sh
+# shellcheck source=lib.sh
 . "$(dirname "$0")/lib.sh"
 
 if [ -n "${KDIR:-}" ]; then
@@ -53,7 +53,6 @@ series=$(root_fact series)
 
 # The stamp is written last, and a tree without one is thrown away: an interrupted
 # run leaves nothing that a later one would trust.
-# shellcheck disable=SC2016 # the shell in the root expands these
 IN_ROOT_USER=root step "prepare kernel $kernel for Rust modules (2 to 3 minutes)" \
 	"$CACHE/log/kernel-tree.log" in_root bash -euc '
 		kernel=$1 series=$2 stamp=$3

@@ -6,7 +6,6 @@ set -euo pipefail
 
 TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/cpubond
-SUITE=trixie
 
 # Where the checkout appears inside the build root. Fixed, so that what is built
 # there (debug info, dependency files) does not depend on where it was cloned.
@@ -28,10 +27,11 @@ as_root() {
 }
 
 # hash_of FILE|STRING...: a short key for a cache directory, from what makes it.
+# Comments are not a part of that.
 hash_of() {
 	local x
 	for x in "$@"; do
-		if [ -f "$x" ]; then cat "$x"; else printf '%s\n' "$x"; fi
+		if [ -f "$x" ]; then grep -vE '^[[:space:]]*(#|$)' "$x"; else printf '%s\n' "$x"; fi
 	done | sha256sum | cut -c1-12
 }
 
@@ -137,7 +137,6 @@ in_root() {
 	root=$(root_dir)
 	user=${IN_ROOT_USER:-$(id -u):$(id -g)}
 	[ -x "$root/bin/bash" ] || die "there is no build root yet: run scripts/buildroot.sh"
-	# shellcheck disable=SC2016 # the inner shell expands these
 	as_root unshare --mount --propagation private bash -euc '
 		root=$1 top=$2 at=$3 user=$4 bind=$5
 		shift 5

@@ -1,23 +1,36 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # Build bonding.ko and bond_cpu_bound.ko below target/modules.
 #
-# usage: scripts/modules.sh KDIR KSRC [make argument...]
+# usage: scripts/modules.sh                                 for the lab's kernel
+#        KDIR=DIR [KSRC=DIR] scripts/modules.sh             for your own kernel
+#        scripts/modules.sh KDIR KSRC [make argument...]    just the build
 #
 # KDIR is a kernel build tree (headers) with Rust metadata, KSRC the source of
 # the same kernel, for the bonding driver that gets patched.
-set -euo pipefail
+#
+# shellcheck source=lib.sh
+. "$(dirname "$0")/lib.sh"
 
-top=$(cd "$(dirname "$0")/.." && pwd)
+if [ $# -lt 2 ]; then
+	"$TOP/scripts/kernel-tree.sh"
+	if [ -n "${KDIR:-}" ]; then
+		exec "$0" "$KDIR" "${KSRC:-$KDIR}" "$@"
+	fi
+	kernel=$(root_fact kernel)
+	step "build the modules for kernel $kernel (half a minute)" "$CACHE/log/modules.log" \
+		in_root scripts/modules.sh "/usr/src/linux-headers-$kernel" \
+		"/usr/src/linux-source-$(root_fact series)" -j"$(nproc)" CC=gcc-14 "$@"
+	exit 0
+fi
+
 kdir=$1 ksrc=$2
 shift 2
 
-out=$top/target/modules
+out=$TOP/target/modules
 series=$(make -s -C "$kdir" kernelversion | cut -d. -f1-2)
-patches=$top/module/patches/$series
-[[ -d $patches ]] || {
-	echo "modules: no patch series for Linux $series in module/patches" >&2
-	exit 4
-}
+patches=$TOP/module/patches/$series
+[ -d "$patches" ] ||
+	die "$kdir is Linux $series; module/patches/ supports $(supported_series | tr '\n' ' ')"
 
 # The driver is patched anew when the series or the kernel source changes, and
 # only then: make goes by time stamps.
@@ -32,7 +45,7 @@ if [[ ! -e $out/.patched-$id ]]; then
 	for p in "$patches"/*.patch; do
 		# Documentation and the like are not here to be patched. Kept
 		# from finding our own repository, git applies to what is here.
-		(cd "$out" && GIT_CEILING_DIRECTORIES=$top/target git apply \
+		(cd "$out" && GIT_CEILING_DIRECTORIES=$TOP/target git apply \
 			--include='drivers/net/bonding/*' --include='include/*' "$p")
 	done
 	mv "$out"/drivers/net/bonding "$out"/bonding

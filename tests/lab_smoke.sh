@@ -43,14 +43,13 @@ carrier() {
 }
 
 counted_by_cpu() {
-	local cpu dev count seen=0
+	local seen
+	bond_up balance-xor
 	xmit_trace on
 	send_from 3 50
-	xmit_trace show | while read -r cpu dev count; do
-		[ "$cpu $dev" != "3 $BOND" ] || seen=$count
-	done
+	seen=$(xmit_trace show | awk -v dev="$BOND" '$1 == 3 && $2 == dev { print $3 }')
 	xmit_trace off
-	check_ge "packets of the sender on CPU 3 seen by the tracepoint" "$seen" 50
+	check_ge "packets of the sender on CPU 3 seen by the tracepoint" "${seen:-0}" 50
 	check_eq "packets that reached the peer" "$(peer_received)" 50
 }
 

@@ -154,6 +154,7 @@ set_link() { cpubond vm call link "$1" "$2"; }
 bond_up() {
 	local mode=${1%%:*} policy=${1#"${1%%:*}"} slave
 	shift
+	# shellcheck disable=SC2046 # a list of words
 	[ $# -gt 0 ] || set -- $(nics)
 	bond_down
 	modprobe bonding max_bonds=0
@@ -234,7 +235,6 @@ bind_irqs() {
 # send_from CPU COUNT: COUNT small UDP datagrams to the peer, each one frame, by a
 # process pinned on CPU; each call is a flow of its own.
 send_from() {
-	# shellcheck disable=SC2016 # the pinned shell expands these
 	taskset -c "$1" bash -euc '
 		exec 3>"/dev/udp/$1/9"
 		for ((i = 0; i < $2; i++)); do

@@ -10,6 +10,7 @@
 
 mod agent;
 mod console;
+mod demo;
 mod guest;
 mod image;
 mod ktap;
@@ -27,6 +28,8 @@ use std::process::ExitCode;
 pub enum VmCommand {
     /// Run guest tests
     Test(test::Args),
+    /// Real TCP load over cpu_bound and balance-rr, side by side
+    Demo(demo::Args),
     /// A shell in a machine of the lab
     Shell(shell::Args),
     /// In a guest: do what the host says
@@ -45,6 +48,7 @@ pub enum VmCommand {
 pub fn run(command: &VmCommand) -> ExitCode {
     let result = match command {
         VmCommand::Test(args) => test::run(args),
+        VmCommand::Demo(args) => demo::run(args),
         VmCommand::Shell(args) => shell::run(args),
         VmCommand::Agent => agent::run(),
         VmCommand::Call { args } => agent::call(args),

@@ -139,6 +139,7 @@ impl Host {
         overlay.dir("cpubond/guest")?;
         overlay.file("cpubond/guest/reset.sh", include_bytes!("guest/reset.sh"))?;
         overlay.file("cpubond/guest/peer.sh", include_bytes!("guest/peer.sh"))?;
+        overlay.file("cpubond/guest/demo.sh", include_bytes!("guest/demo.sh"))?;
         overlay.tree(&self.checkout.join("tests"), "cpubond/tests")?;
         let this = env::current_exe().context("cannot find this program's own file")?;
         overlay.copy(&this, "usr/bin/cpubond")?;

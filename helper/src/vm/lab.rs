@@ -36,6 +36,9 @@ struct Machines {
     peer: Machine,
 }
 
+/// The machines, the server's agent, the peer's.
+type Parts = (Weak<Machines>, Arc<Guest>, Arc<Guest>);
+
 impl Lab {
     /// Boot both machines and wait for their agents.
     pub fn boot(host: &Host, topology: &Topology, accel: Accel, shell: bool) -> Result<Self> {
@@ -53,7 +56,7 @@ impl Lab {
 
         // The guests can call before both are up; what they act on is filled in then.
         // Weak: the lab alone keeps the machines running.
-        let parts: Arc<OnceLock<(Weak<Machines>, Arc<Guest>, Arc<Guest>)>> = Arc::default();
+        let parts: Arc<OnceLock<Parts>> = Arc::default();
         let for_calls = Arc::clone(&parts);
         let calls: Arc<Calls> = Arc::new(move |args, show| {
             let (machines, server, peer) = for_calls

@@ -25,7 +25,7 @@ fi
 modprobe bonding max_bonds=0
 ip link add bond0 type bond mode "$mode" miimon 50 xmit_hash_policy layer3+4
 [ "$mode" != 802.3ad ] || echo fast >/sys/class/net/bond0/bonding/lacp_rate
-for dev in $(ls -d /sys/class/net/eth* | sort -V); do
+for dev in /sys/class/net/eth*; do
 	ip link set "${dev##*/}" down
 	ip link set "${dev##*/}" master bond0
 done

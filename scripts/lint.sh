@@ -1,0 +1,83 @@
+#!/bin/bash
+# Formatting and static checks of everything here. Shows every complaint, then
+# fails if there was one.
+#
+# shellcheck source=lib.sh
+. "$(dirname "$0")/lib.sh"
+
+cd "$TOP"
+"$TOP/scripts/kernel-tree.sh"
+need cc gcc libc6-dev
+kernel=$(root_fact kernel)
+series=$(root_fact series)
+headers=/usr/src/linux-headers-$kernel
+source=/usr/src/linux-source-$series
+failed=()
+
+check() {
+	local what=$1
+	shift
+	say "lint: $what"
+	"$@" || failed+=("$what")
+}
+
+# The kernel's own rustfmt settings, by the root's rustfmt: the module is kernel code.
+module_format() {
+	in_root rustfmt --check --edition 2021 --config-path "$source/.rustfmt.toml" \
+		--config skip_children=true module/*.rs
+}
+
+# As `make CLIPPY=1` does it: the compiler is replaced, nothing is linked. In a copy,
+# so that what was built stays built.
+module_clippy() {
+	rm -rf target/clippy
+	cp -a target/modules target/clippy
+	in_root bash -euo pipefail -c '
+		rm -f target/clippy/module/*.o target/clippy/bond_cpu_bound.*
+		make -C "$1" M=/cpubond/target/clippy CC=gcc-14 CLIPPY=1 \
+			KRUSTFLAGS="-Dwarnings" modules >target/clippy/log 2>&1 ||
+			{ grep -A12 -E "^(error|warning)" target/clippy/log; exit 1; }
+		! grep -A12 -E "^(error|warning)" target/clippy/log
+	' module_clippy "$headers"
+}
+
+# New complaints only: the driver as it comes has some of its own.
+sparse_report() {
+	local tree=$1
+	in_root bash -c '
+		touch "$2"/bonding/*.c
+		make -C "$1" M="/cpubond/$2" CC=gcc-14 C=1 CF=-D__CHECK_ENDIAN__ modules 2>&1 |
+			sed -nE "s,^.*/(bonding/[a-z0-9_]+\.[ch]):[0-9:]+ ((warning|error): .*),\1: \2,p"
+	' sparse "$headers" "$tree"
+}
+
+module_sparse() {
+	rm -rf target/sparse
+	cp -a target/modules target/sparse
+	# Against the stock driver, unpatched.
+	in_root bash -euc '
+		cp "$1"/drivers/net/bonding/* target/sparse/bonding/
+		cp "$1"/include/net/bond*.h target/sparse/include/net/
+		sed -i "s/ bond_cpu_bound.o//; s/ bond_xmit.o//" target/sparse/Kbuild
+	' stock "$source"
+	sparse_report target/sparse | sort >target/sparse.stock
+	rm -rf target/sparse
+	cp -a target/modules target/sparse
+	sparse_report target/sparse | sort >target/sparse.ours
+	! comm -13 target/sparse.stock target/sparse.ours | grep .
+}
+
+check "rustfmt" cargo fmt --all --check
+check "clippy" cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+check "rustfmt (module)" module_format
+check "clippy (module)" module_clippy
+check "shellcheck" in_root bash -c \
+	'shopt -s nullglob; shellcheck -x scripts/*.sh .ci/run tests/*.sh tests/host/*.sh helper/src/vm/guest/*.sh'
+for patch in module/patches/"$series"/*.patch; do
+	check "checkpatch ${patch##*/}" in_root bash -c \
+		'cd "$1" && perl scripts/checkpatch.pl --strict --quiet --codespell "/cpubond/$2"' checkpatch "$source" "$patch"
+done
+check "sparse" module_sparse
+
+[ ${#failed[@]} = 0 ] || die "lint: $(printf '%s; ' "${failed[@]}")see above"
+say "lint: all clean"
