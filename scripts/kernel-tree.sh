@@ -67,5 +67,7 @@ IN_ROOT_USER=root step "prepare kernel $kernel for Rust modules (2 to 3 minutes)
 		mkdir -p "$headers/rust" "$headers/scripts"
 		cp rust/*.rmeta rust/*.so "$headers/rust/"
 		cp scripts/target.json "$headers/scripts/"
+		# For C=1, which the packaged headers cannot do without it.
+		cp scripts/checker-valid.sh "$headers/scripts/"
 		touch "$stamp"
 	' kernel-tree "$kernel" "$series" "${stamp#"$root"}"
