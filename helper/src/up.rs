@@ -213,6 +213,15 @@ impl Up {
                 return usage(slave, "named twice", "name each slave once");
             }
         }
+        for (index, address) in self.addresses.iter().enumerate() {
+            if self.addresses[..index].contains(address) {
+                return usage(
+                    &address.to_string(),
+                    "named twice",
+                    "name each address once",
+                );
+            }
+        }
         if self.lacp_rate.is_some() && self.mode != Mode::Lacp {
             return usage("--lacp-rate", "only 802.3ad has LACP", "add --mode 802.3ad");
         }
@@ -984,6 +993,7 @@ mod tests {
             "bond0 eth0 --lacp-rate fast",
             "bond0 eth0 --xmit-hash-policy layer2",
             "bond0 eth0 --miimon 0",
+            "bond0 eth0 --address 192.0.2.1/24 --address 192.0.2.1/24",
         ] {
             assert_eq!(
                 up(line).check_usage().unwrap_err().exit,
