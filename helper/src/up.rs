@@ -916,7 +916,9 @@ mod tests {
     #[test]
     fn an_interrupt_that_has_yet_to_move_is_no_error() {
         let fake = machine();
+        // Both of a queue pair, or the other would do for the CPU.
         stuck(&fake, 35, "1");
+        stuck(&fake, 36, "1");
         up("bond0 eth0 eth1")
             .bring_up(&fake.host(), &mut FakeKernel::new(&fake), &go_on)
             .unwrap();
