@@ -91,13 +91,11 @@ const SERVICE: [&str; 15] = [
 ];
 
 fn classify(link: &str, named: Vec<(u32, String)>) -> Vec<Irq> {
-    // One interrupt serves everything.
-    let alone = named.len() == 1;
     let mut queues = 0;
     let mut irqs: Vec<Irq> = named
         .into_iter()
         .map(|(number, name)| {
-            let serves = alone || is_queue(link, &name);
+            let serves = is_queue(link, &name);
             let queue = serves.then(|| queue_of(&name).unwrap_or(queues));
             queues += u32::from(serves);
             Irq {
@@ -107,7 +105,7 @@ fn classify(link: &str, named: Vec<(u32, String)>) -> Vec<Irq> {
             }
         })
         .collect();
-    // Better all than none, should a driver's names mislead us.
+    // Better all than none: one interrupt may serve everything, or a driver's names mislead us.
     if irqs.iter().all(|irq| irq.queue.is_none()) {
         for (queue, irq) in (0..).zip(&mut irqs) {
             irq.queue = Some(queue);

@@ -34,12 +34,20 @@ pub fn driver(host: &Host) -> Driver {
     }
 }
 
+/// Looks the function up in the driver's type information, or, where that was not built, among the
+/// kernel's symbols, which are many more to go through.
 fn knows_map(host: &Host) -> bool {
-    fs::read_to_string(host.proc.join("kallsyms")).is_ok_and(|symbols| {
-        symbols
-            .lines()
-            .any(|line| line.contains("cpu_bound_map") && !line.ends_with("[bond_cpu_bound]"))
-    })
+    const NAME: &str = "cpu_bound_map";
+    match fs::read(host.sys.join("kernel/btf/bonding")) {
+        Ok(types) => types
+            .windows(NAME.len())
+            .any(|bytes| bytes == NAME.as_bytes()),
+        Err(_) => fs::read_to_string(host.proc.join("kallsyms")).is_ok_and(|symbols| {
+            symbols
+                .lines()
+                .any(|line| line.contains(NAME) && !line.ends_with("[bond_cpu_bound]"))
+        }),
+    }
 }
 
 fn is_loaded(host: &Host, module: &str) -> bool {
@@ -177,6 +185,15 @@ mod tests {
             "proc/kallsyms",
             "0 t bonding_show_cpu_bound_map\t[bonding]\n",
         );
+        assert_eq!(driver(&host), Driver::Patched);
+
+        fake.file("sys/kernel/btf/bonding", "bonding_show_mode\0");
+        assert_eq!(driver(&host), Driver::Stock);
+        fake.file(
+            "sys/kernel/btf/bonding",
+            "bonding_show_mode\0cpu_bound_map_read\0",
+        );
+        fake.file("proc/kallsyms", "");
         assert_eq!(driver(&host), Driver::Patched);
 
         // With a bond to look at, its files decide.

@@ -213,6 +213,15 @@ impl Up {
                 return usage(slave, "named twice", "name each slave once");
             }
         }
+        for (index, address) in self.addresses.iter().enumerate() {
+            if self.addresses[..index].contains(address) {
+                return usage(
+                    &address.to_string(),
+                    "named twice",
+                    "name each address once",
+                );
+            }
+        }
         if self.lacp_rate.is_some() && self.mode != Mode::Lacp {
             return usage("--lacp-rate", "only 802.3ad has LACP", "add --mode 802.3ad");
         }
@@ -907,7 +916,9 @@ mod tests {
     #[test]
     fn an_interrupt_that_has_yet_to_move_is_no_error() {
         let fake = machine();
+        // Both of a queue pair, or the other would do for the CPU.
         stuck(&fake, 35, "1");
+        stuck(&fake, 36, "1");
         up("bond0 eth0 eth1")
             .bring_up(&fake.host(), &mut FakeKernel::new(&fake), &go_on)
             .unwrap();
@@ -984,6 +995,7 @@ mod tests {
             "bond0 eth0 --lacp-rate fast",
             "bond0 eth0 --xmit-hash-policy layer2",
             "bond0 eth0 --miimon 0",
+            "bond0 eth0 --address 192.0.2.1/24 --address 192.0.2.1/24",
         ] {
             assert_eq!(
                 up(line).check_usage().unwrap_err().exit,
