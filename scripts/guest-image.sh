@@ -68,6 +68,8 @@ if [ ! -d "$image" ]; then
 				[ -e ".$t" ] || cp -a --parents "$t" .
 			done
 			rm "$list"
+			# The name comes from update-alternatives, which no package lists.
+			ln -s mawk usr/bin/awk
 
 			dir=/usr/lib/modules/$kernel
 			for m in $modules; do
