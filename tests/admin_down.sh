@@ -24,7 +24,7 @@ down() {
 	stop_traffic
 	open_sink
 	send 1 300 many
-	wait_for 5 arrived 300
+	arrive 300
 	leaves_by 2 eth2
 }
 

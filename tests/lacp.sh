@@ -28,7 +28,7 @@ out_of_aggregate() {
 	check_eq "carrier of eth1" "$(cat "$SYS/eth1/carrier")" 1
 	open_sink
 	send 1 300 many
-	wait_for 5 arrived 300
+	arrive 300
 	peer_do "ip link set eth1 down; ip link set eth1 master $BOND"
 	wait_for 30 map_is 1 eth1 irq
 	leaves_by 1 eth1

@@ -19,6 +19,7 @@ up() {
 	done
 	bond_up cpu_bound
 	open_sink
+	wait_for 5 bond_ready
 	wait_for 5 map_is 0 eth0,eth2 irq
 	wait_for 5 map_is 1 eth1,eth3 irq
 }

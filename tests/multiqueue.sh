@@ -49,6 +49,7 @@ share() {
 	check_eq "transmit queues of eth0" "$(find "$SYS/eth0/queues" -name 'tx-*' | wc -l)" 4
 	bond_up cpu_bound
 	open_sink
+	wait_for 5 bond_ready
 	for nic in eth0 eth1; do
 		for queue in 0 1 2 3; do
 			bind_queue "$nic" "$queue" $((first + queue % 2))

@@ -14,6 +14,7 @@ LOADER=$(cat "$MODPROBE")
 
 # No module loads by itself.
 gone() {
+	bond_down
 	modprobe bonding max_bonds=0
 	rmmod bond_cpu_bound 2>/dev/null || :
 	ip link add "$BOND" type bond
@@ -30,8 +31,6 @@ mode() {
 }
 
 hash_policy() {
-	bond_down
-	ip link add "$BOND" type bond
 	echo balance-xor >"$BONDING/mode"
 	check_fails put cpu_bound "$BONDING/xmit_hash_policy"
 	check_eq "xmit_hash_policy" "$(cat "$BONDING/xmit_hash_policy")" "layer2 0"

@@ -41,7 +41,7 @@ release() {
 	# What was in the slave's own ring is lost with it, but nothing after that.
 	open_sink
 	send 3 300 many
-	wait_for 5 arrived 300
+	arrive 300
 	check_eq "slaves" "$(slaves)" "eth0 eth1 eth2"
 }
 
