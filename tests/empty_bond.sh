@@ -38,6 +38,7 @@ first() {
 	ip link set eth0 master "$BOND"
 	wait_for 5 map_is 0 eth0 irq
 	wait_for 5 bond_ready
+	wait_for 5 slave_up eth0
 	leaves_by 0 eth0
 	falls_back 2
 	spreads 2 100 eth0

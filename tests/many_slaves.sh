@@ -19,9 +19,9 @@ up() {
 	done
 	bond_up cpu_bound
 	open_sink
-	wait_for 5 bond_ready
 	wait_for 5 map_is 0 eth0,eth2 irq
 	wait_for 5 map_is 1 eth1,eth3 irq
+	all_up
 }
 
 one_flow() {
@@ -42,6 +42,7 @@ half() {
 	leaves_by 0 eth0
 	ip link set eth2 up
 	wait_for 5 map_is 0 eth0,eth2 irq
+	wait_for 5 slave_up eth2
 	spreads 0 200 eth0 eth2
 }
 

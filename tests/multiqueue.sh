@@ -49,7 +49,6 @@ share() {
 	check_eq "transmit queues of eth0" "$(find "$SYS/eth0/queues" -name 'tx-*' | wc -l)" 4
 	bond_up cpu_bound
 	open_sink
-	wait_for 5 bond_ready
 	for nic in eth0 eth1; do
 		for queue in 0 1 2 3; do
 			bind_queue "$nic" "$queue" $((first + queue % 2))
@@ -64,6 +63,7 @@ share() {
 	for cpu in 0 1 2 3; do
 		wait_for 5 map_is "$cpu" "eth$((cpu / 2))" irq
 	done
+	all_up
 }
 
 own_queue() {

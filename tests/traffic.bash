@@ -20,9 +20,8 @@ policy_up() {
 	bond_up "$@"
 	open_sink
 	[ "${1%%:*}" != 802.3ad ] || wait_for 30 aggregated
-	wait_for 10 bond_ready
+	all_up
 	for nic in $(slaves); do
-		wait_for 10 slave_up "$nic"
 		cpu=${nic#eth}
 		[ "$cpu" -ge "$(nproc --all)" ] || wait_for 3 has_slave "$cpu" "$nic" irq
 	done
@@ -77,7 +76,11 @@ aggregated() {
 # bond_ready: the kernel has seen its carrier; packets are dropped until then.
 bond_ready() { [ "$(cat "$SYS/$BOND/operstate")" = up ]; }
 
-slave_up() { [ "$(cat "$SYS/$1/bonding_slave/mii_status")" = up ]; }
+# slave_up SLAVE: for bonding, and for the kernel, which gives a device its queue
+# only then and drops what bonding sends by it before.
+slave_up() {
+	[ "$(cat "$SYS/$1/bonding_slave/mii_status" "$SYS/$1/operstate")" = $'up\nup' ]
+}
 
 # has_slave CPU SLAVE [REASON]: SLAVE is one of the CPU's.
 has_slave() {
@@ -95,6 +98,15 @@ falls_back() {
 
 # put VALUE FILE: a write that check_fails can judge.
 put() { printf '%s\n' "$1" >"$2"; }
+
+# all_up: the bond and its slaves are ready to send.
+all_up() {
+	local nic
+	wait_for 10 bond_ready
+	for nic in $(slaves); do
+		wait_for 10 slave_up "$nic"
+	done
+}
 
 # cpu_stat SLAVE CPU local|remote: the policy's count of what CPU sent by SLAVE.
 cpu_stat() {
