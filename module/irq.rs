@@ -109,15 +109,13 @@ fn for_each_vector(dev: NonNull<bindings::device>, first: Option<u32>, mut found
     };
 
     // The last index at which a vector was found has to stay near.
-    let _ = (first..=MSI_MAX).try_fold(first, |last, index| {
-        match msi_irq(dev, index) {
-            Some(irq) => {
-                found(irq);
-                ControlFlow::Continue(index)
-            }
-            None if index.wrapping_sub(last) < MSI_HOLE => ControlFlow::Continue(last),
-            None => ControlFlow::Break(()),
+    let _ = (first..=MSI_MAX).try_fold(first, |last, index| match msi_irq(dev, index) {
+        Some(irq) => {
+            found(irq);
+            ControlFlow::Continue(index)
         }
+        None if index.wrapping_sub(last) < MSI_HOLE => ControlFlow::Continue(last),
+        None => ControlFlow::Break(()),
     });
 }
 

@@ -81,9 +81,9 @@ fn add(masks: &mut [u64], cpu: u32, bit: u64) {
 
 impl CpuBound {
     fn entry(&self, cpu: u32) -> Entry {
-        self.entries.get(cpu as usize).map_or(Entry::EMPTY, |e| {
-            Entry::from_raw(e.load(Relaxed))
-        })
+        self.entries
+            .get(cpu as usize)
+            .map_or(Entry::EMPTY, |e| Entry::from_raw(e.load(Relaxed)))
     }
 
     fn publish(&self, cpu: u32, entry: Entry, reason: Reason) {
@@ -205,7 +205,10 @@ const REASONS: [&CStr; 6] = [c"set", c"irq", c"smt", c"llc", c"node", c"any"];
 const _: () = {
     // `Reason::name()` has no terminating NUL for C to find; the two have to agree.
     const fn same(reason: Reason) -> bool {
-        let (a, b) = (reason.name().as_bytes(), REASONS[reason as usize].to_bytes());
+        let (a, b) = (
+            reason.name().as_bytes(),
+            REASONS[reason as usize].to_bytes(),
+        );
         let mut i = 0;
 
         while i < a.len() && i < b.len() && a[i] == b[i] {
