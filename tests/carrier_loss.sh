@@ -25,8 +25,7 @@ lost() {
 	note "CPU 1 falls back to: $(bond_map 1)"
 }
 
-fall# CPU 1 may lose packets: bonding counts a slave as up before it has a queue.
-back() {
+fallback() {
 	local before after nic
 	before=0 after=0
 	for nic in eth0 eth2 eth3; do
@@ -42,11 +41,13 @@ back() {
 	leaves_by 2 eth2
 }
 
+# CPU 1 may lose packets: bonding counts a slave as up before it has a queue.
 back() {
 	open_sink
-	start_traffic 0 1 2 3
+	start_traffic 0 2 3
 	set_link eth1 on
 	wait_for 5 map_is 1 eth1 irq
+	wait_for 5 slave_up eth1
 	sleep 0.5
 	stop_traffic
 	nothing_lost

@@ -19,8 +19,8 @@ HIST=hist:keys=common_cpu,name,queue_mapping:size=4096
 bind_queue() {
 	local dev irq
 	dev=$(basename "$(readlink "$SYS/$1/device")")
-	awk -v in="$dev-input.$2" -v out="$dev-output.$2" '
-		$NF == in || $NF == out { sub(":", "", $1); print $1 }
+	awk -v rx="$dev-input.$2" -v tx="$dev-output.$2" '
+		$NF == rx || $NF == tx { sub(":", "", $1); print $1 }
 	' /proc/interrupts | while read -r irq; do
 		echo "$3" >"/proc/irq/$irq/smp_affinity_list"
 	done
