@@ -44,9 +44,10 @@ fallback() {
 # CPU 1 may lose packets: bonding counts a slave as up before it has a queue.
 back() {
 	open_sink
-	start_traffic 0 1 2 3
+	start_traffic 0 2 3
 	set_link eth1 on
 	wait_for 5 map_is 1 eth1 irq
+	wait_for 5 slave_up eth1
 	sleep 0.5
 	stop_traffic
 	nothing_lost

@@ -23,8 +23,6 @@ empty() {
 	check_eq "lines of the map" "$(wc -l <"$SYS/$BOND/bonding/cpu_bound_map")" 4
 }
 
-# A bond without carrier gets no packets of its own: those that a frame socket
-# sends do arrive at it.
 drops() {
 	open_sink
 	send 1 20 || note "the kernel refuses to send, as it may"
@@ -39,6 +37,8 @@ first() {
 	wait_for 5 map_is 0 eth0 irq
 	wait_for 5 bond_ready
 	wait_for 5 slave_up eth0
+	# The bond has taken the slave's address, and its neighbours were forgotten.
+	open_sink
 	leaves_by 0 eth0
 	falls_back 2
 	spreads 2 100 eth0
