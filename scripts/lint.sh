@@ -46,12 +46,17 @@ module_clippy() {
 sparse_report() {
 	in_root bash -euo pipefail -c '
 		cd "$2"
+		# It cannot read these macros, and falls silent after an error.
+		sed -i "/^module_param/d; /^MODULE_[A-Z_]*(/,/);\$/d" bonding/*.c
 		objects=(bonding/*.c)
 		make -C "$1" M="$PWD" CC=gcc-14 C=2 CF=-D__CHECK_ENDIAN__ \
 			CHECK="sparse -D__typeof_unqual__=__typeof__" "${objects[@]/%.c/.o}" >sparse.log 2>&1 ||
 			{ tail -n 20 sparse.log >&2; exit 1; }
 		# Proof that it ran: make only warns when it finds sparse unfit.
-		grep -q "^ *CHECK " sparse.log || { cat sparse.log >&2; exit 1; }
+		if ! grep -q "^ *CHECK " sparse.log || grep "error: " sparse.log >&2; then
+			echo "sparse could not do its work" >&2
+			exit 1
+		fi
 		sed -nE "s,^.*(bonding/[a-z0-9_]+\.[ch]):[0-9:]+ ((warning|error): .*),\1: \2,p" sparse.log | sort -u
 	' sparse "$headers" "$1"
 }
