@@ -10,28 +10,44 @@
 #
 # then CPU 1 ⇄ eth2 and CPU 2 ⇄ eth1.
 #
-# vm: cpus=4 nics=4 queues=1 peer=balance-xor timeout=120
+# vm: cpus=4 nics=4 queues=1 peer=balance-xor timeout=180
 . "$(dirname "$0")/lib.sh"
 . "$(dirname "$0")/traffic.bash"
 
+# swap_ms: have eth1 and eth2 change CPUs, and say after how long the map followed.
+swap_ms() {
+	local start=${EPOCHREALTIME/./}
+	bind_irq eth1 2
+	bind_irq eth2 1
+	wait_for 20 swapped
+	echo $(((${EPOCHREALTIME/./} - start) / 1000))
+}
+
+swapped() { map_is 1 eth2 irq && map_is 2 eth1 irq; }
+unswapped() { map_is 1 eth1 irq && map_is 2 eth2 irq; }
+
+# The host may not run an emulated CPU for seconds when it is busy, so the time gets
+# three chances. That nothing is lost gets one.
 swap() {
-	local start ms
+	local ms try
 	policy_up
 	leaves_by 1 eth1
 	open_sink
 	start_traffic 0 1 2 3
-	start=${EPOCHREALTIME/./}
-	bind_irq eth1 2
-	bind_irq eth2 1
-	until map_is 1 eth2 irq && map_is 2 eth1 irq; do
-		ms=$(((${EPOCHREALTIME/./} - start) / 1000))
-		check_le "ms without a map that follows ('$(bond_map 1)', '$(bond_map 2)')" "$ms" 2000
-		sleep 0.05
+	for try in 1 2 3; do
+		ms=$(swap_ms)
+		note "try $try: the map followed after $ms ms"
+		[ "$ms" -gt 2000 ] || break
+		if [ "$try" -lt 3 ]; then
+			bind_irq eth1 1
+			bind_irq eth2 2
+			wait_for 20 unswapped
+		fi
 	done
-	note "the map followed after $(((${EPOCHREALTIME/./} - start) / 1000)) ms"
 	sleep 0.5
 	stop_traffic
 	nothing_lost
+	check_le "ms until the map followed, at best" "$ms" 2000
 }
 
 moved() {
