@@ -190,7 +190,7 @@ impl BondReport {
             for name in &line.slaves {
                 let there = slaves
                     .iter()
-                    .any(|slave| slave.slave == *name && !slave.irqs_on(line.cpu).is_empty());
+                    .any(|slave| slave.slave == *name && slave.may_interrupt(line.cpu));
                 if !there {
                     warnings.push(format!(
                         "{name}: the map binds it to CPU {} by interrupt, but none of its queue interrupts goes there",
@@ -258,6 +258,15 @@ impl SlaveReport {
             .collect()
     }
 
+    /// Now, or when an interrupt sent to this CPU alone fires next.
+    fn may_interrupt(&self, cpu: u32) -> bool {
+        let alone = CpuSet::from_iter([cpu]);
+        !self.irqs_on(cpu).is_empty()
+            || self
+                .queue_irqs()
+                .any(|irq| irq.affinity.as_ref() == Some(&alone))
+    }
+
     fn queue_irqs(&self) -> impl Iterator<Item = &IrqReport> {
         self.irqs.iter().filter(|irq| irq.queue.is_some())
     }
@@ -272,6 +281,8 @@ impl SlaveReport {
             let number = irq.irq;
             if !effective.is_subset(affinity) {
                 pending.push(format!("{number} (from CPU {effective} to {affinity})"));
+                // The map is ahead of it.
+                continue;
             }
             if map.is_empty() || !usable {
                 continue;

@@ -591,13 +591,21 @@ impl Binding {
         }
     }
 
-    /// The CPUs that the slave's queue interrupts go to now, wherever they were sent.
+    /// The CPUs that the slave's queue interrupts go to now, wherever they were sent, and those
+    /// that they will go to when they fire next: the kernel's map is ahead of them.
     fn interrupted_cpus(&self, host: &Host) -> CpuSet {
         let now = self
             .queue_irqs
             .iter()
             .filter_map(|(irq, _)| irq::effective_affinity(host, irq.number).ok());
-        now.flat_map(|cpus| cpus.iter().collect::<Vec<_>>())
+        let next = self
+            .queue_irqs
+            .iter()
+            .filter_map(|(irq, _)| irq::affinity(host, irq.number).ok())
+            // Of several CPUs, the one is yet to be chosen.
+            .filter(|cpus| cpus.iter().nth(1).is_none());
+        now.chain(next)
+            .flat_map(|cpus| cpus.iter().collect::<Vec<_>>())
             .collect()
     }
 
