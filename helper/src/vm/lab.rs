@@ -159,8 +159,13 @@ impl Lab {
             peer.join()
                 .map_err(|_| anyhow!("resetting the peer panicked"))?
         })?;
+        self.make_peer(peer_mode)
+    }
+
+    /// Make the peer's bond. All that machines just booted need.
+    pub fn make_peer(&self, mode: &str) -> Result<()> {
         self.peer
-            .output(&format!("/cpubond/guest/peer.sh {peer_mode}"), SETUP)?;
+            .output(&format!("/cpubond/guest/peer.sh {mode}"), SETUP)?;
         Ok(())
     }
 

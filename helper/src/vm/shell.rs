@@ -60,7 +60,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     eprintln!("cpubond: boot server and peer");
     let lab = Lab::boot(&host, &topology, machine::probe(&host), true)?;
-    lab.reset(&args.peer)?;
+    lab.make_peer(&args.peer)?;
     let role = match args.machine {
         Which::Server => Role::Server,
         Which::Peer => Role::Peer,

@@ -242,7 +242,7 @@ fn in_lab(
         None => {
             let start = Instant::now();
             let lab = Lab::boot(host, topology, accel, false)?;
-            lab.reset(&test.wanted.peer)?;
+            lab.make_peer(&test.wanted.peer)?;
             say(&format!(
                 "#   booted server ({} CPUs, {} NICs of {} queues) and peer in {:.1} s ({accel:?})",
                 topology.cpus,

@@ -1,8 +1,8 @@
 #!/bin/bash
 # The server's side of the demo.
 #
-#   demo.sh start MODE   bond0 over all NICs, ethK's IRQs on CPU K, and a lighttpd
-#                        pinned on each CPU, on a port of its own
+#   demo.sh start MODE   `cpubond up` over all NICs, and a lighttpd pinned on each CPU,
+#                        on a port of its own
 #   demo.sh read         what the kernel has counted up to now, a fact a line:
 #                          own CPU DEV         the NIC whose IRQs are on CPU
 #                          xmit CPU DEV COUNT  packets CPU gave to the NIC
@@ -14,8 +14,8 @@ set -o pipefail
 
 start() {
 	local cpu
-	bond_up "$1"
-	bind_irqs
+	# shellcheck disable=SC2046 # a list of words
+	cpubond up "$BOND" $(nics) --mode "$1" --address "$SERVER_IP/24"
 	mkdir -p /tmp/www
 	head -c 128 /dev/zero | tr '\0' x >/tmp/www/index.html
 	for cpu in $(seq 0 $(($(nproc) - 1))); do
@@ -29,8 +29,6 @@ start() {
 		taskset -c "$cpu" lighttpd -f "/tmp/lighttpd-$cpu.conf"
 	done
 	wait_for 10 ping -q -c 1 -W 1 "$PEER_IP"
-	# The map of automatic binding follows IRQs within two seconds.
-	sleep 2
 	xmit_trace on
 }
 

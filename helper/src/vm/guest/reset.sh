@@ -14,6 +14,8 @@ for event in /sys/kernel/tracing/events/net/*/trigger; do
 		echo "!${trigger%% \[*}" >"$event"
 	done
 done
+# What `cpubond up` wrote down is about a bond that goes now.
+rm -rf /run/cpubond
 nft flush ruleset 2>/dev/null
 
 for dev in /sys/class/net/*; do
