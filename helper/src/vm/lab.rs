@@ -102,6 +102,10 @@ impl Lab {
             }
         }
 
+        // Read by now. A run that is killed cannot clean up, so it leaves little behind.
+        for role in [Role::Server, Role::Peer] {
+            let _ = std::fs::remove_file(dir.path().join(format!("{}.cpio", role.name())));
+        }
         let consoles = [&server_machine, &peer_machine]
             .map(|machine| super::console::Console::new(machine.console.path.clone()))
             .into();
