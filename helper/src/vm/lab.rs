@@ -42,6 +42,19 @@ type Parts = (Weak<Machines>, Arc<Guest>, Arc<Guest>);
 impl Lab {
     /// Boot both machines and wait for their agents.
     pub fn boot(host: &Host, topology: &Topology, accel: Accel, shell: bool) -> Result<Self> {
+        Self::boot_once(host, topology, accel, shell).or_else(|error| {
+            // The stock kernel now and then dies early under emulation on a busy host. That is
+            // no verdict on anything of ours, which is loaded later; twice in a row might be.
+            eprintln!("cpubond: {error:#}; booting once more, the consoles are kept as *.first");
+            for role in [Role::Server, Role::Peer] {
+                let console = host.log_dir()?.join(format!("{}.console", role.name()));
+                let _ = std::fs::rename(&console, console.with_extension("console.first"));
+            }
+            Self::boot_once(host, topology, accel, shell)
+        })
+    }
+
+    fn boot_once(host: &Host, topology: &Topology, accel: Accel, shell: bool) -> Result<Self> {
         // A short path: names of unix sockets end at 107 bytes.
         let dir = tempfile::Builder::new()
             .prefix("cpubond-")
