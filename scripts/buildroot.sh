@@ -23,7 +23,9 @@ PACKAGES=(
 	qemu-system-x86 seabios ipxe-qemu
 	# What runs in the guests.
 	bash coreutils procps util-linux iproute2 ethtool iputils-ping lighttpd
-	apache2-utils nftables irqbalance tcpdump jq iperf3 strace bpftool
+	apache2-utils nginx nftables irqbalance udev tcpdump jq iperf3 strace bpftool
+	# What reads our units.
+	systemd
 )
 
 root=$(root_dir)

@@ -12,7 +12,7 @@
 # nothing.
 PACKAGES=(
 	bash coreutils sed grep mawk findutils diffutils hostname procps util-linux mount kmod
-	iproute2 ethtool iputils-ping lighttpd nftables irqbalance tcpdump jq iperf3
+	iproute2 ethtool iputils-ping lighttpd nginx nftables irqbalance udev tcpdump jq iperf3
 	strace bpftool
 )
 PROGRAMS=(/usr/bin/ab)

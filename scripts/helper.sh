@@ -7,6 +7,9 @@
 command -v cargo >/dev/null ||
 	die "cargo is missing: install Rust 1.88 or newer (https://rustup.rs)"
 need cc gcc libc6-dev
+# For the BPF programs.
+need clang clang
+need /usr/include/bpf/bpf_helpers.h libbpf-dev
 
 cd "$TOP"
 # A target named explicitly keeps the flags away from build scripts and procedural

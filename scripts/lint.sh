@@ -8,6 +8,8 @@
 cd "$TOP"
 "$TOP/scripts/kernel-tree.sh"
 need cc gcc libc6-dev
+need clang clang
+need /usr/include/bpf/bpf_helpers.h libbpf-dev
 kernel=$(root_fact kernel)
 series=$(root_fact series)
 headers=/usr/src/linux-headers-$kernel
