@@ -14,6 +14,8 @@ mod module;
 mod netlink;
 mod shares;
 mod show;
+#[expect(dead_code, reason = "used by cpubond run, which follows")]
+mod steer;
 #[cfg(test)]
 mod testing;
 mod topology;

@@ -1,0 +1,395 @@
+//! One public port, one daemon a CPU: which daemon takes the new flows of each CPU, and `cpubond
+//! steer`, which shows and removes it.
+//!
+//! `cpubond run` starts the daemons and calls a [`Steer`] method with a table from [`table`]
+//! whenever a daemon comes, goes or drains. What it has set up is in the [`State`] file.
+
+use crate::error::{Error, Exit, Result};
+use crate::host::{self, Host};
+use crate::topology::Cpu;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+const SCHEMA: u32 = 1;
+
+/// Transport protocol of a service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    #[default]
+    Tcp,
+    Udp,
+}
+
+/// How new flows get to the daemon of the CPU that received them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Method {
+    /// nftables rewrites the destination port by CPU, conntrack restores it in the replies
+    #[default]
+    Nat,
+    /// A BPF program picks the listener: no rewriting, no conntrack
+    SkLookup,
+    /// All daemons listen on the public port with SO_REUSEPORT, a BPF program picks by CPU
+    Reuseport,
+}
+
+/// What clients connect to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Unique on the machine; part of file names and of the names of kernel objects. See
+    /// [`check_name`].
+    pub name: String,
+    pub protocol: Protocol,
+    /// The public port.
+    pub port: u16,
+}
+
+/// One daemon that listens: the CPU it is pinned on, where it listens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    pub cpu: u32,
+    /// The service's own port under `reuseport`.
+    pub port: u16,
+    /// A process that holds the listening sockets; not always the one that was started.
+    pub pid: u32,
+    /// Inode numbers of its listening sockets on `port`, sorted; one for each address. They are
+    /// `socket:[INODE]` among the links in `/proc/PID/fd`.
+    pub sockets: Vec<u64>,
+}
+
+/// A way to steer. Each method has its file in `steer/`.
+pub trait Steer {
+    /// For every possible CPU the instance that takes new flows received there (already the
+    /// nearest live one for a CPU whose own is dead or draining); empty if none is live. Replaces
+    /// the whole table at once; idempotent.
+    fn route(&mut self, service: &Service, table: &BTreeMap<u32, Instance>) -> Result<()>;
+
+    /// Remove all traces; fine if there is none.
+    fn remove(&mut self, service: &Service) -> Result<()>;
+
+    /// What the kernel has that is not what `route` would make of `table`: a line each, none if
+    /// it is as it should be. Writes nothing.
+    fn differences(
+        &mut self,
+        service: &Service,
+        table: &BTreeMap<u32, Instance>,
+    ) -> Result<Vec<String>>;
+}
+
+impl Method {
+    /// Ready to steer, nothing changed yet.
+    pub fn open(self, _host: &Host) -> Result<Box<dyn Steer>> {
+        Err(Error::new(self, "this method is not there yet").exit(Exit::Unsupported))
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nat => "nat",
+            Self::SkLookup => "sk_lookup",
+            Self::Reuseport => "reuseport",
+        })
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+/// For each CPU the live instance that takes its new flows: its own, else the nearest by SMT
+/// sibling, last-level cache, NUMA node, any. Of several as near the one that has the fewest CPUs
+/// so far, then the lowest: the same input gives the same table. Empty if there is no instance.
+pub fn table(cpus: &[Cpu], live: &[Instance]) -> BTreeMap<u32, Instance> {
+    let place = |id: u32| cpus.iter().find(|cpu| cpu.id == id);
+    let mut load: BTreeMap<u32, usize> = live.iter().map(|instance| (instance.cpu, 0)).collect();
+    let mut ids: Vec<&Cpu> = cpus.iter().collect();
+    // CPUs with an instance of their own first: the others then see how busy these are.
+    ids.sort_by_key(|cpu| (!load.contains_key(&cpu.id), cpu.id));
+    ids.into_iter()
+        .filter_map(|cpu| {
+            let nearest = live.iter().min_by_key(|instance| {
+                (
+                    distance(cpu, place(instance.cpu), instance.cpu),
+                    load[&instance.cpu],
+                    instance.cpu,
+                )
+            })?;
+            *load.entry(nearest.cpu).or_default() += 1;
+            Some((cpu.id, nearest.clone()))
+        })
+        .collect()
+}
+
+/// 0 the CPU itself, 1 SMT sibling, 2 same last-level cache, 3 same node, 4 any.
+fn distance(from: &Cpu, to: Option<&Cpu>, id: u32) -> u8 {
+    match to {
+        _ if from.id == id => 0,
+        Some(to) if to.core == from.core => 1,
+        Some(to) if to.llc == from.llc => 2,
+        Some(to) if to.node.is_some() && to.node == from.node => 3,
+        _ => 4,
+    }
+}
+
+/// The name of a service becomes part of file names and of names of kernel objects.
+pub fn check_name(name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+    match !name.is_empty()
+        && name.len() <= 32
+        && name.chars().all(good)
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+    {
+        true => Ok(()),
+        false => Err(Error::new(name, "no name of a service")
+            .fix("use 1 to 32 letters, digits, '_', '-', '.', the first a letter or digit")
+            .exit(Exit::Usage)),
+    }
+}
+
+/// Where a daemon is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Runs, but does not listen yet.
+    Starting,
+    /// Listens and takes new flows.
+    Live,
+    /// Keeps its flows, takes no new ones.
+    Draining,
+    /// Has ended and waits to be started again.
+    Down,
+}
+
+/// A daemon as `cpubond steer list` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Daemon {
+    pub cpu: u32,
+    pub port: u16,
+    /// `None` when it is down.
+    pub pid: Option<u32>,
+    pub phase: Phase,
+    /// How often it was started again.
+    pub restarts: u32,
+}
+
+/// What `cpubond run` has set up for one service: `/run/cpubond/steer/NAME.json`, written before
+/// the kernel's table is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    pub schema: u32,
+    #[serde(flatten)]
+    pub service: Service,
+    pub steer: Method,
+    /// The `cpubond run` that supervises it; it holds the lock on `NAME.lock` while it lives.
+    pub supervisor: u32,
+    pub daemons: Vec<Daemon>,
+    /// As last given to [`Steer::route`].
+    pub table: BTreeMap<u32, Instance>,
+}
+
+impl State {
+    pub fn new(service: Service, steer: Method) -> Self {
+        Self {
+            schema: SCHEMA,
+            service,
+            steer,
+            supervisor: std::process::id(),
+            daemons: Vec::new(),
+            table: BTreeMap::new(),
+        }
+    }
+
+    fn dir(host: &Host) -> PathBuf {
+        host.run.join("steer")
+    }
+
+    /// `/run/cpubond/steer/NAME.EXTENSION`
+    pub fn path(host: &Host, name: &str, extension: &str) -> PathBuf {
+        Self::dir(host).join(format!("{name}.{extension}"))
+    }
+
+    /// Names of the services there are, sorted.
+    pub fn names(host: &Host) -> Vec<String> {
+        host::names(&Self::dir(host))
+            .into_iter()
+            .filter_map(|file| file.strip_suffix(".json").map(str::to_string))
+            .collect()
+    }
+
+    /// `None` if there is no such service.
+    pub fn load(host: &Host, name: &str) -> Result<Option<Self>> {
+        check_name(name)?;
+        let path = Self::path(host, name, "json");
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::new(path.display(), error)),
+        };
+        let state: Self = serde_json::from_slice(&text).map_err(|error| {
+            Error::new(
+                path.display(),
+                format_args!("not a steering state: {error}"),
+            )
+            .fix("delete the file, and what it stood for by hand")
+        })?;
+        match state.schema == SCHEMA && state.service.name == name {
+            true => Ok(Some(state)),
+            false => Err(Error::new(
+                path.display(),
+                format_args!(
+                    "state of {}, schema {}; this is schema {SCHEMA}",
+                    state.service.name, state.schema
+                ),
+            )
+            .fix("use the cpubond that wrote it")),
+        }
+    }
+
+    /// Replace the file as a whole, so that a crash leaves the old state or the new one.
+    pub fn save(&self, host: &Host) -> Result<()> {
+        let path = Self::path(host, &self.service.name, "json");
+        let new = path.with_extension("json.new");
+        let save = || -> io::Result<()> {
+            fs::create_dir_all(Self::dir(host))?;
+            let mut file = File::create(&new)?;
+            file.write_all(&serde_json::to_vec_pretty(self)?)?;
+            file.sync_all()?;
+            fs::rename(&new, &path)
+        };
+        save().map_err(|error| unwritable(&path, &error))
+    }
+}
+
+fn unwritable(path: &Path, error: &io::Error) -> Error {
+    let denied = error.kind() == io::ErrorKind::PermissionDenied;
+    let error = Error::new(path.display(), format_args!("cannot be written: {error}"));
+    match denied {
+        true => error.fix("run as root"),
+        false => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Fake;
+    use proptest::prelude::*;
+
+    fn cpu(id: u32, node: u32, llc: u32, core: u32) -> Cpu {
+        Cpu {
+            id,
+            node: Some(node),
+            llc,
+            core,
+        }
+    }
+
+    fn instance(cpu: u32) -> Instance {
+        Instance {
+            cpu,
+            port: 8000 + u16::try_from(cpu).unwrap(),
+            pid: 100 + cpu,
+            sockets: vec![u64::from(cpu)],
+        }
+    }
+
+    /// Which CPU's instance each CPU has.
+    fn chosen(cpus: &[Cpu], live: &[u32]) -> Vec<(u32, u32)> {
+        let live: Vec<Instance> = live.iter().map(|&cpu| instance(cpu)).collect();
+        table(cpus, &live)
+            .into_iter()
+            .map(|(cpu, instance)| (cpu, instance.cpu))
+            .collect()
+    }
+
+    /// Two nodes of two caches of two cores of two threads.
+    fn big() -> Vec<Cpu> {
+        (0..16)
+            .map(|id| cpu(id, id / 8, id / 4 * 4, id / 2 * 2))
+            .collect()
+    }
+
+    #[test]
+    fn nearest_first() {
+        let all: Vec<u32> = (0..16).collect();
+        for (cpu, to) in chosen(&big(), &all) {
+            assert_eq!(cpu, to);
+        }
+        let at = |live: &[u32], cpu: usize| chosen(&big(), live)[cpu].1;
+        assert_eq!(at(&[1, 2, 4, 8], 0), 1, "SMT sibling");
+        assert_eq!(at(&[2, 4, 8], 0), 2, "last-level cache");
+        assert_eq!(at(&[4, 8], 0), 4, "node");
+        assert_eq!(at(&[8], 0), 8, "any");
+        assert!(chosen(&big(), &[]).is_empty());
+    }
+
+    #[test]
+    fn those_without_their_own_are_spread() {
+        // One cache: the dead ones' CPUs go to different neighbours.
+        let flat: Vec<Cpu> = (0..4).map(|id| cpu(id, 0, 0, id)).collect();
+        assert_eq!(chosen(&flat, &[0, 2]), [(0, 0), (1, 0), (2, 2), (3, 2)]);
+        assert_eq!(chosen(&flat, &[0, 2, 3]), [(0, 0), (1, 0), (2, 2), (3, 3)]);
+    }
+
+    #[test]
+    fn names() {
+        for name in ["web", "a", "dns-2", "0.x_y"] {
+            check_name(name).unwrap();
+        }
+        for name in ["", ".", "../x", "-a", "a b", "ä", "a/b", &"x".repeat(33)] {
+            assert_eq!(check_name(name).unwrap_err().exit, Exit::Usage, "{name}");
+        }
+    }
+
+    #[test]
+    fn state_round_trips() {
+        let fake = Fake::new();
+        let host = fake.host();
+        assert!(State::load(&host, "web").unwrap().is_none());
+        let service = Service {
+            name: "web".to_string(),
+            protocol: Protocol::Tcp,
+            port: 80,
+        };
+        let mut state = State::new(service, Method::SkLookup);
+        state.table.insert(3, instance(1));
+        state.save(&host).unwrap();
+        assert_eq!(State::names(&host), ["web"]);
+        assert_eq!(State::load(&host, "web").unwrap().unwrap(), state);
+        fake.file("run/steer/other.json", &fake.text("run/steer/web.json"));
+        assert!(State::load(&host, "other").is_err(), "the wrong name");
+        fake.file("run/steer/web.json", "{}");
+        assert!(State::load(&host, "web").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn every_cpu_has_a_nearest_one(live in prop::collection::btree_set(0u32..16, 1..16)) {
+            let cpus = big();
+            let live: Vec<Instance> = live.into_iter().map(instance).collect();
+            let table = table(&cpus, &live);
+            prop_assert_eq!(table.len(), cpus.len());
+            for cpu in &cpus {
+                let far = |to: u32| distance(cpu, cpus.iter().find(|cpu| cpu.id == to), to);
+                let nearest = live.iter().map(|instance| far(instance.cpu)).min().unwrap();
+                prop_assert_eq!(far(table[&cpu.id].cpu), nearest);
+            }
+            let mut turned = live.clone();
+            turned.reverse();
+            prop_assert_eq!(table, super::table(&cpus, &turned));
+        }
+    }
+}
