@@ -7,7 +7,7 @@
 use crate::cpulist::CpuSet;
 use crate::error::{Error, Result};
 use crate::host::{self, Host};
-use crate::link;
+use crate::link::{self, Mac};
 use crate::netlink::Rtnetlink;
 use ipnet::IpNet;
 use netlink_packet_route::link::{BondLacpRate, BondMode, BondXmitHashPolicy, InfoBond};
@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Everything that writes, so that tests can count writes and make one fail.
+/// Everything that writes, so that tests can count writes and make one fail, and what only
+/// rtnetlink tells.
 pub trait Kernel {
     fn create_bond(&mut self, bond: &str, options: &BondOptions) -> Result<()>;
     fn delete(&mut self, link: &str) -> Result<()>;
@@ -23,6 +24,9 @@ pub trait Kernel {
     fn set_master(&mut self, link: &str, master: Option<&str>) -> Result<()>;
     fn add_address(&mut self, link: &str, address: IpNet) -> Result<()>;
     fn addresses(&mut self, link: &str) -> Result<Vec<IpNet>>;
+    /// The address the device was made with, whatever it has now; `None` if it was not made with
+    /// one, as software devices are not.
+    fn permanent_mac(&mut self, link: &str) -> Result<Option<Mac>>;
     fn write(&mut self, path: &Path, value: &str) -> Result<()>;
 }
 
@@ -73,6 +77,10 @@ impl Kernel for Rtnetlink {
 
     fn addresses(&mut self, link: &str) -> Result<Vec<IpNet>> {
         self.addresses(link)
+    }
+
+    fn permanent_mac(&mut self, link: &str) -> Result<Option<Mac>> {
+        self.permanent_mac(link)
     }
 
     fn write(&mut self, path: &Path, value: &str) -> Result<()> {

@@ -2,8 +2,11 @@
 
 use crate::cpulist::CpuSet;
 use crate::host::{self, Host};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use std::fmt;
 use std::fs;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 pub fn exists(host: &Host, link: &str) -> bool {
     host.link(link).exists()
@@ -89,4 +92,74 @@ fn queues(host: &Host, link: &str, prefix: &str, file: &str) -> Vec<QueueCpus> {
             Some(QueueCpus { queue, path, cpus })
         })
         .collect()
+}
+
+/// The PCI device a NIC is on, `0000:03:00.1`.
+pub fn pci(host: &Host, link: &str) -> Option<String> {
+    let device = fs::canonicalize(host.link(link).join("device")).ok()?;
+    let sys = fs::canonicalize(&host.sys).ok()?;
+    // As in irq.rs, the network device may hang off a child of it.
+    let dir = device
+        .ancestors()
+        .take_while(|dir| *dir != sys)
+        .find(|dir| {
+            fs::canonicalize(dir.join("subsystem")).is_ok_and(|bus| bus.ends_with("bus/pci"))
+        })?;
+    Some(dir.file_name()?.to_str()?.to_string())
+}
+
+/// Whether the kernel would take it as the name of a network device.
+pub fn is_device_name(name: &str) -> bool {
+    const IFNAMSIZ: usize = 16;
+    let forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace();
+    !name.is_empty()
+        && name.len() < IFNAMSIZ
+        && name != "."
+        && name != ".."
+        && !name.contains(forbidden)
+}
+
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mac(pub [u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for Mac {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bytes: Option<Vec<u8>> = text
+            .split(':')
+            .map(|byte| {
+                u8::from_str_radix(byte, 16)
+                    .ok()
+                    .filter(|_| byte.len() == 2)
+            })
+            .collect();
+        bytes
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(Self)
+            .ok_or_else(|| {
+                format!("'{text}' is no Ethernet address; allowed: such as 52:54:00:12:34:56")
+            })
+    }
+}
+
+impl Serialize for Mac {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Mac {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(de::Error::custom)
+    }
 }

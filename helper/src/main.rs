@@ -3,6 +3,8 @@
 mod bond;
 mod change;
 mod cli;
+#[expect(dead_code, reason = "apply, plan and run are to use it")]
+mod config;
 mod cpulist;
 mod down;
 mod error;
@@ -12,6 +14,7 @@ mod journal;
 mod link;
 mod module;
 mod netlink;
+mod options;
 mod shares;
 mod show;
 #[expect(dead_code, reason = "used by cpubond run, which follows")]

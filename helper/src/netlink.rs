@@ -1,6 +1,7 @@
 //! What is changed by rtnetlink, with the kernel's own words (extended ack) in the errors.
 
 use crate::error::{Error, Exit, Result};
+use crate::link::Mac;
 use ipnet::IpNet;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
@@ -177,6 +178,22 @@ impl Rtnetlink {
     }
 
     pub fn index(&mut self, link: &str) -> Result<u32> {
+        Ok(self.find(link)?.header.index)
+    }
+
+    /// See `Kernel::permanent_mac`.
+    pub fn permanent_mac(&mut self, link: &str) -> Result<Option<Mac>> {
+        let found = self.find(link)?;
+        Ok(found
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::PermAddress(bytes) => bytes.as_slice().try_into().ok().map(Mac),
+                _ => None,
+            }))
+    }
+
+    fn find(&mut self, link: &str) -> Result<LinkMessage> {
         let mut message = LinkMessage::default();
         message.attributes = vec![LinkAttribute::IfName(link.to_string())];
         let replies = self
@@ -185,7 +202,7 @@ impl Rtnetlink {
         replies
             .into_iter()
             .find_map(|reply| match reply {
-                RouteNetlinkMessage::NewLink(message) => Some(message.header.index),
+                RouteNetlinkMessage::NewLink(message) => Some(message),
                 _ => None,
             })
             .ok_or_else(|| Error::new(link, "the kernel did not say which device this is"))

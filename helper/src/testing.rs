@@ -4,6 +4,7 @@ use crate::change::{BondOptions, Kernel};
 use crate::cpulist::CpuSet;
 use crate::error::{Error, Result};
 use crate::host::{self, Host};
+use crate::link::Mac;
 use crate::{irq, link};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
@@ -76,18 +77,19 @@ impl Fake {
     /// A virtio-net device below a PCI device with these interrupts, all on CPU 0, and as many
     /// queues as interrupts with "input" in their names.
     pub fn nic(&self, name: &str, irqs: &[(u32, &str)]) {
-        let pci = format!("sys/devices/pci0000:00/{name}-pci");
+        let number = name.bytes().fold(0u16, |sum, byte| {
+            sum.wrapping_mul(31).wrapping_add(byte.into())
+        });
+        let pci = format!(
+            "sys/devices/pci0000:00/0000:{:02x}:{:02x}.0",
+            number >> 8,
+            number & 0xff
+        );
         let net = format!("{pci}/virtio/net/{name}");
         self.file(&format!("{net}/flags"), "0x1002\n");
         self.file(&format!("{net}/type"), "1\n");
         self.file(&format!("{net}/carrier"), "1\n");
-        self.file(
-            &format!("{net}/ifindex"),
-            &format!(
-                "{}\n",
-                10 + name.len() + usize::from(name.as_bytes()[name.len() - 1])
-            ),
-        );
+        self.file(&format!("{net}/ifindex"), &format!("{number}\n"));
         symlink(
             self.path(&format!("{pci}/virtio")),
             self.path(&format!("{net}/device")),
@@ -155,6 +157,7 @@ pub struct FakeKernel<'a> {
     pub addresses: Vec<(String, IpNet)>,
     /// The map the driver shows does not follow the interrupts.
     pub wrong_map: bool,
+    pub permanent: BTreeMap<String, Mac>,
 }
 
 impl<'a> FakeKernel<'a> {
@@ -166,6 +169,7 @@ impl<'a> FakeKernel<'a> {
             writes: 0,
             addresses: Vec::new(),
             wrong_map: false,
+            permanent: BTreeMap::new(),
         }
     }
 
@@ -297,6 +301,10 @@ impl Kernel for FakeKernel<'_> {
             .filter(|(of, _)| of == link)
             .map(|(_, address)| *address)
             .collect())
+    }
+
+    fn permanent_mac(&mut self, link: &str) -> Result<Option<Mac>> {
+        Ok(self.permanent.get(link).copied())
     }
 
     fn write(&mut self, path: &Path, value: &str) -> Result<()> {

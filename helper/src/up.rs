@@ -2,6 +2,7 @@
 
 use crate::bond::{self, MapLine};
 use crate::change::{self, BondOptions, Change, Format, Kernel};
+use crate::config::Address;
 use crate::cpulist::CpuSet;
 use crate::error::{Error, Exit, Result};
 use crate::host::{self, Host};
@@ -10,11 +11,11 @@ use crate::journal::{Journal, Lock};
 use crate::link;
 use crate::module;
 use crate::netlink::Rtnetlink;
+use crate::options::{HashPolicy, LacpRate, Mode};
 use crate::shares::shares;
 use crate::show;
 use crate::topology;
-use clap::{Args, ValueEnum};
-use ipnet::IpNet;
+use clap::Args;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -55,8 +56,8 @@ pub struct Up {
     #[arg(long, value_enum, default_value_t = Mode::CpuBound)]
     pub mode: Mode,
     /// Address of the bond, with its prefix length; may be repeated
-    #[arg(long = "address", value_name = "ADDRESS/LEN", value_parser = address)]
-    pub addresses: Vec<IpNet>,
+    #[arg(long = "address", value_name = "ADDRESS/LEN")]
+    pub addresses: Vec<Address>,
     /// CPUs to share out, as a cpulist such as 0-3,8 [default: all online CPUs]
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuSet>,
@@ -79,54 +80,6 @@ pub struct Up {
     /// Seconds to wait for carrier, and for the kernel's map to show what was set up
     #[arg(long, value_name = "SECONDS", default_value_t = 2)]
     pub wait: u16,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Mode {
-    BalanceRr = 0,
-    ActiveBackup = 1,
-    BalanceXor = 2,
-    Broadcast = 3,
-    #[value(name = "802.3ad")]
-    Lacp = 4,
-    BalanceTlb = 5,
-    BalanceAlb = 6,
-    #[value(name = "cpu_bound")]
-    CpuBound = 7,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum HashPolicy {
-    Layer2 = 0,
-    #[value(name = "layer3+4")]
-    Layer34 = 1,
-    #[value(name = "layer2+3")]
-    Layer23 = 2,
-    #[value(name = "encap2+3")]
-    Encap23 = 3,
-    #[value(name = "encap3+4")]
-    Encap34 = 4,
-    #[value(name = "vlan+srcmac")]
-    VlanSrcMac = 5,
-    #[value(name = "cpu_bound")]
-    CpuBound = 6,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LacpRate {
-    Slow = 0,
-    Fast = 1,
-}
-
-fn address(text: &str) -> std::result::Result<IpNet, String> {
-    let address: IpNet = text
-        .parse()
-        .map_err(|_| "not an address with a prefix length, such as 192.0.2.1/24".to_string())?;
-    let host = address.addr();
-    match host.is_loopback() || host.is_multicast() || host.is_unspecified() {
-        true => Err("no address for a network interface".to_string()),
-        false => Ok(address),
-    }
 }
 
 impl Up {
@@ -193,7 +146,7 @@ impl Up {
             Err(Error::new(place, found).fix(fix).exit(Exit::Usage))
         };
         for name in self.slaves.iter().chain([&self.bond]) {
-            if !is_device_name(name) {
+            if !link::is_device_name(name) {
                 return usage(
                     name,
                     "no name of a network device",
@@ -225,19 +178,15 @@ impl Up {
         if self.lacp_rate.is_some() && self.mode != Mode::Lacp {
             return usage("--lacp-rate", "only 802.3ad has LACP", "add --mode 802.3ad");
         }
-        if let Some(policy) = self.xmit_hash_policy {
-            let uses = match self.mode {
-                Mode::Lacp | Mode::BalanceXor => true,
-                Mode::BalanceTlb => policy != HashPolicy::CpuBound,
-                _ => false,
-            };
-            if !uses {
-                return usage(
-                    "--xmit-hash-policy",
-                    "this mode does not use this policy",
-                    "add --mode 802.3ad or --mode balance-xor",
-                );
-            }
+        if self
+            .xmit_hash_policy
+            .is_some_and(|policy| !self.mode.uses(policy))
+        {
+            return usage(
+                "--xmit-hash-policy",
+                "this mode does not use this policy",
+                "add --mode 802.3ad or --mode balance-xor",
+            );
         }
         if self.miimon == 0 {
             return usage(
@@ -380,7 +329,7 @@ impl Up {
             .iter()
             .map(|address| Change::Address {
                 bond: bond.clone(),
-                address: *address,
+                address: address.0,
             })
             .chain([Change::BringUp { bond: bond.clone() }]);
         journal.make(host, kernel, finish.collect(), go_on)?;
@@ -723,16 +672,6 @@ fn check_privilege(host: &Host) -> Result<()> {
         // Not knowing is no reason to refuse: the kernel will.
         _ => Ok(()),
     }
-}
-
-fn is_device_name(name: &str) -> bool {
-    const IFNAMSIZ: usize = 16;
-    let forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace();
-    !name.is_empty()
-        && name.len() < IFNAMSIZ
-        && name != "."
-        && name != ".."
-        && !name.contains(forbidden)
 }
 
 #[cfg(test)]
