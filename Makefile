@@ -5,6 +5,7 @@
 #   make test     all tests, on this host and in the lab
 #   make modules  bonding.ko and bond_cpu_bound.ko into target/modules (KDIR=, KSRC=)
 #   make helper   the static binary `cpubond`
+#   make man      the manual pages into target/man
 #   make lint     formatting, clippy, shellcheck, checkpatch, sparse
 #   make vm       a shell in the server VM
 #   make clean    what was built here; the cache stays
@@ -28,6 +29,9 @@ modules:
 helper:
 	scripts/helper.sh
 
+man: helper
+	$(CPUBOND) man target/man
+
 lint: modules
 	scripts/lint.sh
 
@@ -37,6 +41,6 @@ vm: modules helper
 clean:
 	rm -rf target
 
-.PHONY: all demo test modules helper lint vm clean
+.PHONY: all demo test modules helper man lint vm clean
 # Each part uses all cores by itself.
 .NOTPARALLEL:

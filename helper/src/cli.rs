@@ -1,10 +1,11 @@
 //! The command line: one variant a subcommand, one file a subcommand.
 
 use crate::down::Down;
+use crate::man::Pages;
 use crate::show::Show;
 use crate::up::Up;
 use crate::vm::{self, VmCommand};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
 /// Keep every flow on one CPU and one NIC
@@ -25,6 +26,8 @@ enum Command {
     Up(Up),
     Show(Show),
     Down(Down),
+    #[command(name = "man", hide = true)]
+    Pages(Pages),
     /// Run things in the lab's virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
@@ -36,6 +39,7 @@ pub fn run() -> ExitCode {
         Command::Up(up) => up.run(),
         Command::Show(show) => show.run(),
         Command::Down(down) => down.run(),
+        Command::Pages(pages) => pages.run(Cli::command()),
         Command::Vm(command) => return vm::run(&command),
     };
     match result {

@@ -12,6 +12,7 @@ mod host;
 mod irq;
 mod journal;
 mod link;
+mod man;
 mod module;
 mod netlink;
 mod options;

@@ -67,3 +67,40 @@ fn help_has_examples() {
         );
     }
 }
+
+#[test]
+fn every_visible_subcommand_has_a_manual_page() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (code, errors) = cpubond(&format!("man {}", dir.path().display()));
+    assert_eq!(code, Some(0), "{errors}");
+    let help = Command::cargo_bin("cpubond")
+        .expect("the binary is built with its tests")
+        .arg("--help")
+        .output()
+        .expect("the binary runs");
+    let help = String::from_utf8_lossy(&help.stdout).into_owned();
+    let subcommands: Vec<&str> = help
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        // Continued descriptions are indented further.
+        .filter_map(|line| {
+            line.strip_prefix("  ")?
+                .split_whitespace()
+                .next()
+                .filter(|_| !line.starts_with("   "))
+        })
+        .filter(|name| *name != "help")
+        .collect();
+    assert!(subcommands.contains(&"up"), "{help}");
+    for name in subcommands {
+        let page = dir.path().join(format!("cpubond-{name}.8"));
+        let text = std::fs::read_to_string(&page).expect("has a page");
+        assert!(
+            text.contains(".SH DESCRIPTION"),
+            "{}: {text}",
+            page.display()
+        );
+    }
+}
