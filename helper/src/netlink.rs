@@ -4,8 +4,8 @@ use crate::error::{Error, Exit, Result};
 use crate::link::Mac;
 use ipnet::IpNet;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkDeserializable,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
@@ -15,35 +15,27 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use std::io;
 
-pub struct Rtnetlink {
+pub struct Rtnetlink(Netlink);
+
+/// A netlink socket of any family, to which requests are sent one at a time.
+pub struct Netlink {
+    /// For errors: "rtnetlink", …
+    family: &'static str,
     socket: Socket,
     sequence: u32,
 }
 
 /// A request the kernel refused.
-struct Refusal {
-    errno: i32,
+pub struct Refusal {
+    /// 0 if it was no number of the kernel's.
+    pub errno: i32,
     /// From the extended ack, if the kernel had more to say.
     message: Option<String>,
 }
 
 impl Rtnetlink {
     pub fn open() -> Result<Self> {
-        let open = || -> io::Result<Socket> {
-            let mut socket = Socket::new(NETLINK_ROUTE)?;
-            socket.bind_auto()?;
-            socket.connect(&SocketAddr::new(0, 0))?;
-            socket.set_ext_ack(true)?;
-            // Acks then carry the request's header only, which puts the extended ack at a fixed
-            // offset.
-            socket.set_cap_ack(true)?;
-            Ok(socket)
-        };
-        let socket = open().map_err(|error| Error::new("rtnetlink socket", error))?;
-        Ok(Self {
-            socket,
-            sequence: 0,
-        })
+        Netlink::open("rtnetlink", NETLINK_ROUTE).map(Self)
     }
 
     pub fn create_bond(&mut self, bond: &str, options: Vec<InfoBond>) -> Result<()> {
@@ -140,6 +132,7 @@ impl Rtnetlink {
     pub fn addresses(&mut self, link: &str) -> Result<Vec<IpNet>> {
         let index = self.index(link)?;
         let replies = self
+            .0
             .talk(
                 RouteNetlinkMessage::GetAddress(AddressMessage::default()),
                 NLM_F_DUMP,
@@ -197,6 +190,7 @@ impl Rtnetlink {
         let mut message = LinkMessage::default();
         message.attributes = vec![LinkAttribute::IfName(link.to_string())];
         let replies = self
+            .0
             .talk(RouteNetlinkMessage::GetLink(message), NLM_F_ACK)
             .map_err(|refusal| refusal.at(link, "cannot be found"))?;
         replies
@@ -219,15 +213,36 @@ impl Rtnetlink {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> std::result::Result<(), Refusal> {
-        self.talk(message, flags | NLM_F_ACK).map(drop)
+        self.0.talk(message, flags | NLM_F_ACK).map(drop)
+    }
+}
+
+impl Netlink {
+    pub fn open(family: &'static str, protocol: isize) -> Result<Self> {
+        let open = || -> io::Result<Socket> {
+            let mut socket = Socket::new(protocol)?;
+            socket.bind_auto()?;
+            socket.connect(&SocketAddr::new(0, 0))?;
+            socket.set_ext_ack(true)?;
+            // Acks then carry the request's header only, which puts the extended ack at a fixed
+            // offset.
+            socket.set_cap_ack(true)?;
+            Ok(socket)
+        };
+        let socket = open().map_err(|error| Error::new(format_args!("{family} socket"), error))?;
+        Ok(Self {
+            family,
+            socket,
+            sequence: 0,
+        })
     }
 
     /// Send one request and read until its ack or the end of its dump.
-    fn talk(
-        &mut self,
-        message: RouteNetlinkMessage,
-        flags: u16,
-    ) -> std::result::Result<Vec<RouteNetlinkMessage>, Refusal> {
+    pub fn talk<M>(&mut self, message: M, flags: u16) -> std::result::Result<Vec<M>, Refusal>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+        NetlinkPayload<M>: From<M>,
+    {
         self.sequence += 1;
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | flags;
@@ -236,20 +251,22 @@ impl Rtnetlink {
         packet.finalize();
         let mut bytes = vec![0; packet.buffer_len()];
         packet.serialize(&mut bytes);
-        self.socket.send(&bytes, 0)?;
+        self.socket
+            .send(&bytes, 0)
+            .map_err(|error| self.failed(&error))?;
 
         let mut replies = Vec::new();
         loop {
-            let (datagram, _) = self.socket.recv_from_full()?;
+            let (datagram, _) = self
+                .socket
+                .recv_from_full()
+                .map_err(|error| self.failed(&error))?;
             let mut rest = &datagram[..];
             while !rest.is_empty() {
-                let reply =
-                    NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(|error| {
-                        Refusal {
-                            errno: 0,
-                            message: Some(format!("answer not understood: {error}")),
-                        }
-                    })?;
+                let reply = NetlinkMessage::<M>::deserialize(rest).map_err(|error| Refusal {
+                    errno: 0,
+                    message: Some(format!("answer not understood: {error}")),
+                })?;
                 let length = usize::try_from(reply.header.length).unwrap_or(usize::MAX);
                 // Messages are aligned to four bytes; one shorter than its header would not end.
                 let (bytes, after) =
@@ -277,6 +294,15 @@ impl Rtnetlink {
     }
 }
 
+impl Netlink {
+    fn failed(&self, error: &io::Error) -> Refusal {
+        Refusal {
+            errno: error.raw_os_error().unwrap_or(0),
+            message: Some(format!("{} socket: {error}", self.family)),
+        }
+    }
+}
+
 /// The few error numbers that mean something to us, as in `asm-generic/errno.h`.
 mod libc_errno {
     pub const EPERM: i32 = 1;
@@ -287,7 +313,7 @@ mod libc_errno {
 }
 
 impl Refusal {
-    fn at(&self, place: &str, what: &str) -> Error {
+    pub fn at(&self, place: &str, what: &str) -> Error {
         let reason = match (&self.message, self.errno) {
             (Some(message), _) => message.clone(),
             (None, errno) => io::Error::from_raw_os_error(errno).to_string(),
@@ -297,15 +323,6 @@ impl Refusal {
             libc_errno::EPERM if self.message.is_none() => error.fix("run as root"),
             libc_errno::ENODEV => error.fix("\"ip link\" lists the network devices"),
             _ => error,
-        }
-    }
-}
-
-impl From<io::Error> for Refusal {
-    fn from(error: io::Error) -> Self {
-        Self {
-            errno: error.raw_os_error().unwrap_or(0),
-            message: Some(format!("rtnetlink socket: {error}")),
         }
     }
 }
