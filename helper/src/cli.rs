@@ -1,8 +1,11 @@
 //! The command line: one variant a subcommand, one file a subcommand.
 
 use crate::down::Down;
+use crate::error::Result;
 use crate::man::Pages;
+use crate::run::{Keep, Run};
 use crate::show::Show;
+use crate::steer::SteerCommand;
 use crate::up::Up;
 use crate::vm::{self, VmCommand};
 use clap::{CommandFactory, Parser, Subcommand};
@@ -26,6 +29,10 @@ enum Command {
     Up(Up),
     Show(Show),
     Down(Down),
+    Run(Run),
+    #[command(subcommand)]
+    Steer(SteerCommand),
+    Keep(Keep),
     #[command(name = "man", hide = true)]
     Pages(Pages),
     /// Run things in the lab's virtual machines
@@ -39,11 +46,18 @@ pub fn run() -> ExitCode {
         Command::Up(up) => up.run(),
         Command::Show(show) => show.run(),
         Command::Down(down) => down.run(),
+        Command::Run(run) => return exit_with(run.run()),
+        Command::Steer(command) => command.run(),
+        Command::Keep(keep) => return exit_with(keep.run()),
         Command::Pages(pages) => pages.run(Cli::command()),
         Command::Vm(command) => return vm::run(&command),
     };
+    exit_with(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn exit_with(result: Result<ExitCode>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("cpubond: {error}");
             ExitCode::from(error.exit as u8)

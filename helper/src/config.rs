@@ -9,7 +9,7 @@ use crate::error::{Error, Exit, Result};
 use crate::host::{self, Host};
 use crate::link::{self, Mac};
 use crate::options::{Follow, HashPolicy, LacpRate, Mode};
-use clap::ValueEnum;
+use crate::steer::{self, Method, Protocol};
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::fmt;
@@ -85,7 +85,7 @@ pub enum SlaveId<'a> {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Service {
-    /// Letters, digits, `-` and `_`: it becomes part of file names.
+    /// As [`steer::is_name`] wants it.
     pub name: String,
     pub port: u16,
     #[serde(default)]
@@ -97,28 +97,6 @@ pub struct Service {
     pub steer: Method,
     /// The program and its arguments, with `{cpu}`, `{port}` and `{index}` to be filled in.
     pub command: Vec<String>,
-}
-
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Protocol {
-    #[default]
-    Tcp,
-    Udp,
-}
-
-/// How a connection gets to the daemon of the CPU that received it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Method {
-    #[default]
-    Nat,
-    #[value(name = "sk_lookup")]
-    #[serde(rename = "sk_lookup")]
-    SkLookup,
-    Reuseport,
 }
 
 /// An address that an interface can have, with its prefix length.
@@ -387,12 +365,11 @@ impl Slave {
 
 impl Service {
     fn check(&self) -> std::result::Result<(), Nonsense> {
-        let letter = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        if self.name.is_empty() || self.name.len() > 32 || !self.name.chars().all(letter) {
+        if !steer::is_name(&self.name) {
             return Err(Nonsense::new(
                 "name",
                 format!("'{}' is no name of a service", self.name),
-                "1 to 32 letters, digits, '-' and '_'",
+                steer::NAME,
             ));
         }
         if self.port == 0 {

@@ -9,6 +9,8 @@ pub enum Exit {
     Failed = 1,
     /// The command line makes no sense (clap's own errors use the same code).
     Usage = 2,
+    /// What is there is not what should be.
+    Drift = 3,
     /// The kernel, or the module it has loaded, cannot do this.
     Unsupported = 4,
     /// Some of it was done, and was taken back.

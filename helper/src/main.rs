@@ -12,13 +12,14 @@ mod host;
 mod irq;
 mod journal;
 mod link;
+mod listeners;
 mod man;
 mod module;
 mod netlink;
 mod options;
+mod run;
 mod shares;
 mod show;
-#[expect(dead_code, reason = "used by cpubond run, which follows")]
 mod steer;
 #[cfg(test)]
 mod testing;

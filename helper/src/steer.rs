@@ -4,21 +4,34 @@
 //! `cpubond run` starts the daemons and calls a [`Steer`] method with a table from [`table`]
 //! whenever a daemon comes, goes or drains. What it has set up is in the [`State`] file.
 
+mod conntrack;
+pub mod control;
+mod list;
+mod nat;
+
 use crate::error::{Error, Exit, Result};
 use crate::host::{self, Host};
 use crate::topology::Cpu;
-use clap::ValueEnum;
+use clap::{Subcommand, ValueEnum};
+use control::Request;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 const SCHEMA: u32 = 1;
 
 /// Transport protocol of a service.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     #[default]
@@ -64,12 +77,95 @@ pub struct Instance {
     pub sockets: Vec<u64>,
 }
 
+/// See and change which daemon takes which CPU's flows
+#[derive(Subcommand, Debug)]
+#[command(
+    long_about = "See and change which daemon takes which CPU's new flows.\n\n\
+        \"cpubond run\" starts one daemon a CPU and steers to each CPU's daemon what that CPU \
+        receives. A CPU whose daemon is dead or draining is served by the nearest live one: SMT \
+        sibling, same last-level cache, same NUMA node, any.",
+    after_long_help = "Examples:\n  \
+        cpubond steer list\n  \
+        Take CPU 3 out of service, later back:\n    \
+          cpubond steer drain web 3\n    \
+          cpubond steer undrain web 3\n  \
+        End a service, or what is left of one whose \"cpubond run\" was killed:\n    \
+          cpubond steer del web"
+)]
+pub enum SteerCommand {
+    /// Show services, their daemons, and which CPUs' flows each takes
+    ///
+    /// What the kernel has that is not as it should be is a warning, and the exit code is then 3.
+    List {
+        /// The service to show [default: all]
+        name: Option<String>,
+        /// Print JSON (schema 1)
+        #[arg(short, long)]
+        json: bool,
+    },
+    /// End a service: stop its daemons, remove all traces of the steering
+    Del {
+        /// The service's name
+        name: String,
+    },
+    /// Send no new flows to the daemon of a CPU; those it has stay
+    Drain {
+        /// The service's name
+        name: String,
+        /// The daemon's CPU
+        cpu: u32,
+    },
+    /// Send new flows to the daemon of a CPU again
+    Undrain {
+        /// The service's name
+        name: String,
+        /// The daemon's CPU
+        cpu: u32,
+    },
+}
+
+impl SteerCommand {
+    pub fn run(&self) -> Result<()> {
+        let host = Host::default();
+        match self {
+            Self::List { name, json } => list::run(&host, name.as_deref(), *json),
+            Self::Del { name } => {
+                remove(&host, name)?;
+                println!("{name}: deleted");
+                Ok(())
+            }
+            Self::Drain { name, cpu } => change(&host, name, Request::Drain(*cpu)),
+            Self::Undrain { name, cpu } => change(&host, name, Request::Undrain(*cpu)),
+        }
+    }
+}
+
+fn change(host: &Host, name: &str, request: Request) -> Result<()> {
+    let missing = || Error::new(name, "no such service").fix("\"cpubond steer list\" lists them");
+    State::load(host, name)?.ok_or_else(missing)?;
+    match Lock::take(host, name)? {
+        Some(_lock) => Err(
+            Error::new(name, "its \"cpubond run\" has ended").fix(format_args!(
+                "\"cpubond steer del {name}\" removes what it left"
+            )),
+        ),
+        None => control::ask(host, name, request),
+    }
+}
+
 /// A way to steer. Each method has its file in `steer/`.
 pub trait Steer {
     /// For every possible CPU the instance that takes new flows received there (already the
     /// nearest live one for a CPU whose own is dead or draining); empty if none is live. Replaces
     /// the whole table at once; idempotent.
     fn route(&mut self, service: &Service, table: &BTreeMap<u32, Instance>) -> Result<()>;
+
+    /// `instance`, which `route` has left out before, is dead (not draining): let go of flows that
+    /// are held to it, so that their next packets go to another. Most methods hold none.
+    fn forget(&mut self, service: &Service, instance: &Instance) -> Result<()> {
+        let _ = (service, instance);
+        Ok(())
+    }
 
     /// Remove all traces; fine if there is none.
     fn remove(&mut self, service: &Service) -> Result<()>;
@@ -86,7 +182,10 @@ pub trait Steer {
 impl Method {
     /// Ready to steer, nothing changed yet.
     pub fn open(self, _host: &Host) -> Result<Box<dyn Steer>> {
-        Err(Error::new(self, "this method is not there yet").exit(Exit::Unsupported))
+        match self {
+            Self::Nat => Ok(Box::new(nat::Nat)),
+            _ => Err(Error::new(self, "this method is not there yet").exit(Exit::Unsupported)),
+        }
     }
 }
 
@@ -144,17 +243,23 @@ fn distance(from: &Cpu, to: Option<&Cpu>, id: u32) -> u8 {
     }
 }
 
+/// What a service may be called.
+pub const NAME: &str = "1 to 32 letters, digits, '-' and '_', the first a letter or digit";
+
 /// The name of a service becomes part of file names and of names of kernel objects.
-pub fn check_name(name: &str) -> Result<()> {
-    let good = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
-    match !name.is_empty()
-        && name.len() <= 32
+pub fn is_name(name: &str) -> bool {
+    let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    name.len() <= 32
         && name.chars().all(good)
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-    {
+}
+
+/// As an error.
+pub fn check_name(name: &str) -> Result<()> {
+    match is_name(name) {
         true => Ok(()),
-        false => Err(Error::new(name, "no name of a service")
-            .fix("use 1 to 32 letters, digits, '_', '-', '.', the first a letter or digit")
+        false => Err(Error::new(format_args!("'{name}'"), "no name of a service")
+            .fix(format_args!("use {NAME}"))
             .exit(Exit::Usage)),
     }
 }
@@ -171,6 +276,9 @@ pub enum Phase {
     Draining,
     /// Has ended and waits to be started again.
     Down,
+    /// Has ended too often.
+    #[serde(rename = "given up")]
+    GivenUp,
 }
 
 /// A daemon as `cpubond steer list` shows it.
@@ -273,6 +381,106 @@ impl State {
     }
 }
 
+/// Held by the `cpubond run` of a service for as long as it lives, and by who tidies up after one
+/// that was killed.
+pub struct Lock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Lock {
+    /// `None` if somebody has it.
+    pub fn take(host: &Host, name: &str) -> Result<Option<Self>> {
+        let path = State::path(host, name, "lock");
+        let unwritable = |error: io::Error| unwritable(&path, &error);
+        fs::create_dir_all(State::dir(host)).map_err(unwritable)?;
+        let mut tries = 0;
+        loop {
+            let file = File::create(&path).map_err(unwritable)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                // `is_held` has it for a moment.
+                Err(Errno::WOULDBLOCK) if tries < 5 => {
+                    tries += 1;
+                    thread::sleep(Duration::from_millis(20));
+                    continue;
+                }
+                Err(Errno::WOULDBLOCK) => return Ok(None),
+                Err(error) => return Err(unwritable(error.into())),
+            }
+            // Who had it before deletes the file: a lock on a deleted one keeps nobody out.
+            let same = fs::metadata(&path)
+                .and_then(|there| Ok(there.ino() == file.metadata()?.ino()))
+                .unwrap_or(false);
+            if same {
+                return Ok(Some(Self { path, _file: file }));
+            }
+        }
+    }
+}
+
+impl Lock {
+    /// Whether somebody has it. Needs no privilege, leaves nothing behind.
+    pub fn is_held(host: &Host, name: &str) -> bool {
+        File::open(State::path(host, name, "lock")).is_ok_and(|file| {
+            flock(&file, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
+        })
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // While it is still held. Gone already is as good.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Remove what a `cpubond run` that is no more has left: in the kernel, then in `/run`.
+pub fn clean(host: &Host, state: &State) -> Result<()> {
+    state.steer.open(host)?.remove(&state.service)?;
+    for extension in ["sock", "json"] {
+        let path = State::path(host, &state.service.name, extension);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(unwritable(&path, &error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// End a service: its supervisor stops the daemons and removes the steering; what a supervisor
+/// that was killed has left is removed here.
+pub fn remove(host: &Host, name: &str) -> Result<()> {
+    let missing = || Error::new(name, "no such service").fix("\"cpubond steer list\" lists them");
+    let state = State::load(host, name)?.ok_or_else(missing)?;
+    match Lock::take(host, name)? {
+        Some(_lock) => clean(host, &state),
+        None => control::ask(host, name, Request::Stop),
+    }
+}
+
+/// What [`remove_all`] has done.
+#[derive(Debug, Default)]
+pub struct Removed {
+    pub names: Vec<String>,
+    pub errors: Vec<Error>,
+}
+
+/// End every service there is, past errors. For `cpubond undo`.
+#[expect(dead_code, reason = "cpubond undo is to call it")]
+pub fn remove_all(host: &Host) -> Removed {
+    let mut removed = Removed::default();
+    for name in State::names(host) {
+        match remove(host, &name) {
+            Ok(()) => removed.names.push(name),
+            Err(error) => removed.errors.push(error),
+        }
+    }
+    removed
+}
+
 fn unwritable(path: &Path, error: &io::Error) -> Error {
     let denied = error.kind() == io::ErrorKind::PermissionDenied;
     let error = Error::new(path.display(), format_args!("cannot be written: {error}"));
@@ -346,10 +554,20 @@ mod tests {
 
     #[test]
     fn names() {
-        for name in ["web", "a", "dns-2", "0.x_y"] {
+        for name in ["web", "a", "dns-2", "0_x"] {
             check_name(name).unwrap();
         }
-        for name in ["", ".", "../x", "-a", "a b", "ä", "a/b", &"x".repeat(33)] {
+        for name in [
+            "",
+            ".",
+            "../x",
+            "-a",
+            "a b",
+            "ä",
+            "a.b",
+            "a/b",
+            &"x".repeat(33),
+        ] {
             assert_eq!(check_name(name).unwrap_err().exit, Exit::Usage, "{name}");
         }
     }

@@ -38,6 +38,26 @@ pub fn online(host: &Host) -> Result<Vec<Cpu>> {
     Ok(cpus)
 }
 
+/// All CPUs there can be. Of those that are offline nothing is known but their number.
+pub fn possible(host: &Host) -> Result<Vec<Cpu>> {
+    let mut cpus = online(host)?;
+    let path = host.sys.join("devices/system/cpu/possible");
+    let possible: CpuSet = host::read(&path)?
+        .parse()
+        .map_err(|error| Error::new(path.display(), error))?;
+    for id in possible.iter() {
+        if !cpus.iter().any(|cpu| cpu.id == id) {
+            cpus.push(Cpu {
+                id,
+                node: None,
+                llc: id,
+                core: id,
+            });
+        }
+    }
+    Ok(cpus)
+}
+
 fn last_level_cache(dir: &std::path::Path) -> Option<u32> {
     let cache = dir.join("cache");
     host::numbered(&cache, "index")
@@ -72,6 +92,13 @@ mod tests {
             [0, 4, 1, 5]
         );
         assert_eq!(cpus[1].core, 0);
+        fake.file("sys/devices/system/cpu/possible", "0-7\n");
+        let all = possible(&fake.host()).unwrap();
+        assert_eq!(all[..4], cpus);
+        assert_eq!(
+            all[4..].iter().map(|cpu| cpu.id).collect::<Vec<_>>(),
+            [2, 3, 6, 7]
+        );
         assert_eq!(cpus[2].node, Some(1));
     }
 }
