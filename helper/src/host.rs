@@ -10,6 +10,8 @@ pub struct Host {
     pub proc: PathBuf,
     /// Journals and the lock; lost at reboot, as is everything they describe.
     pub run: PathBuf,
+    /// The directory of all others: what other programs have in `/etc`, `/run` and `/usr`.
+    pub root: PathBuf,
 }
 
 impl Default for Host {
@@ -18,6 +20,7 @@ impl Default for Host {
             sys: "/sys".into(),
             proc: "/proc".into(),
             run: "/run/cpubond".into(),
+            root: "/".into(),
         }
     }
 }

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::host::{self, Host};
 use crate::irq;
 use crate::link;
+use crate::rivals::{self, Rival};
 use crate::topology;
 use clap::Args;
 use serde::Serialize;
@@ -22,8 +23,10 @@ const SCHEMA: u32 = 1;
         (remote); for each slave its state, interrupts and queues.\n\n\
         Reasons: set (by hand, in bonding_slave/cpus), irq (the slave's interrupts are on this \
         CPU), smt, llc, node, any (the nearest slave by topology).\n\n\
-        Warnings: irqbalance is running, an interrupt is not where the map thinks, receive packet \
-        steering takes packets to other CPUs. Needs no privilege.",
+        Warnings: an interrupt is not where the map thinks; something else on the machine moves \
+        interrupts or takes packets to other CPUs (irqbalance unless it was told to leave these \
+        alone, tuned, systemd .link files, NetworkManager, systemd-networkd, RPS, RFS). Needs no \
+        privilege, but only root can ask irqbalance what it leaves alone.",
     after_long_help = "Examples:\n  cpubond show\n  cpubond show bond0 -j | jq '.bonds[0].cpus[] | {cpu, local, remote}'"
 )]
 pub struct Show {
@@ -117,13 +120,14 @@ struct IrqReport {
 impl Report {
     pub fn new(host: &Host, bonds: &[String]) -> Result<Self> {
         let online: CpuSet = topology::online(host)?.iter().map(|cpu| cpu.id).collect();
-        let mut warnings = Vec::new();
-        if !bonds.is_empty() && is_running(host, "irqbalance") {
-            warnings.push(
-                "irqbalance is running and will move interrupts; stop it, or ban these interrupts in its configuration"
-                    .to_string(),
-            );
-        }
+        let slaves: Vec<String> = bonds
+            .iter()
+            .flat_map(|bond| bond::slaves(host, bond))
+            .collect();
+        let mut warnings = rivals::find(host, &slaves)
+            .iter()
+            .map(Rival::to_string)
+            .collect();
         let bonds = bonds
             .iter()
             .map(|bond| BondReport::new(host, bond, &online, &mut warnings))
@@ -305,18 +309,7 @@ impl SlaveReport {
                 pending.join(", ")
             ));
         }
-        for (queue, cpus) in self.rps.iter().filter(|(_, cpus)| !cpus.is_empty()) {
-            warnings.push(format!(
-                "{slave}: RPS of queue {queue} passes received packets on to CPUs {cpus}"
-            ));
-        }
     }
-}
-
-fn is_running(host: &Host, name: &str) -> bool {
-    host::numbered(&host.proc, "").into_iter().any(|pid| {
-        host::read_if_any(&host.proc.join(pid.to_string()).join("comm")).as_deref() == Some(name)
-    })
 }
 
 impl fmt::Display for Report {
@@ -448,6 +441,11 @@ mod tests {
             "sys/class/net/bond0/bonding/cpu_bound_map",
             "0 eth0 irq\n1 eth0 any\n",
         );
+        std::os::unix::fs::symlink(
+            fake.path("sys/class/net/bond0"),
+            fake.path("sys/class/net/eth0/master"),
+        )
+        .unwrap();
         fake.file("sys/class/net/eth0/bonding_slave/mii_status", "up\n");
         fake.file("sys/class/net/eth0/bonding_slave/state", "active\n");
         fake.file("sys/class/net/eth0/bonding_slave/cpus", "\n");
@@ -499,9 +497,9 @@ mod tests {
         fake.file("sys/class/net/eth0/queues/rx-0/rps_cpus", "2\n");
         let warnings = report(&fake).warnings;
         for expected in [
-            "irqbalance is running",
+            "irqbalance: runs",
             "IRQ 25 is on CPU 1, but the map has eth0 (any)",
-            "RPS of queue 0",
+            "RPS: queue 0",
         ] {
             assert!(
                 warnings.iter().any(|warning| warning.contains(expected)),

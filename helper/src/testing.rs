@@ -7,10 +7,14 @@ use crate::host::{self, Host};
 use crate::link::Mac;
 use crate::{irq, link};
 use ipnet::IpNet;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::symlink;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread;
 use tempfile::TempDir;
 
 pub struct Fake {
@@ -46,6 +50,7 @@ impl Fake {
             sys: self.path("sys"),
             proc: self.path("proc"),
             run: self.path("run"),
+            root: self.path("root"),
         }
     }
 
@@ -312,6 +317,72 @@ impl Kernel for FakeKernel<'_> {
         let _: String = host::read(path)?;
         fs::write(path, format!("{value}\n")).unwrap();
         Ok(())
+    }
+}
+
+/// An irqbalance of process 17 that answers on its socket, and forgets it all when dropped.
+pub struct FakeIrqbalance {
+    state: Arc<Mutex<Balancer>>,
+}
+
+#[derive(Default)]
+struct Balancer {
+    banned: BTreeSet<u32>,
+    is_deaf: bool,
+}
+
+impl FakeIrqbalance {
+    /// It reads up to `limit` bytes of a command, as the real one does.
+    pub fn start(fake: &Fake, limit: usize, banned: BTreeSet<u32>) -> Self {
+        fake.file("proc/17/comm", "irqbalance\n");
+        fake.file("root/run/irqbalance/there", "");
+        let listener = UnixListener::bind(fake.path("root/run/irqbalance/irqbalance17.sock"));
+        let listener = listener.unwrap();
+        let state = Arc::new(Mutex::new(Balancer {
+            banned,
+            is_deaf: false,
+        }));
+        let balancer = Arc::downgrade(&state);
+        // It ends with the connection after the last one.
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Some(state) = balancer.upgrade() else {
+                    return;
+                };
+                let mut stream = stream.unwrap();
+                let mut command = vec![0; limit];
+                let length = stream.read(&mut command).unwrap();
+                let command = String::from_utf8(command[..length].to_vec()).unwrap();
+                state.lock().unwrap().obey(&command, &mut stream);
+            }
+        });
+        Self { state }
+    }
+
+    pub fn banned(&self) -> BTreeSet<u32> {
+        self.state.lock().unwrap().banned.clone()
+    }
+
+    /// From now on, ban nothing else.
+    pub fn be_deaf(&self) {
+        self.state.lock().unwrap().is_deaf = true;
+    }
+}
+
+impl Balancer {
+    fn obey(&mut self, command: &str, answer: &mut UnixStream) {
+        if let Some(list) = command.strip_prefix("settings ban irqs ") {
+            let irqs = list.split_whitespace().map_while(|irq| irq.parse().ok());
+            if !self.is_deaf {
+                self.banned = irqs.collect();
+            }
+        } else if command.starts_with("setup") {
+            write!(answer, "SLEEP 10 ").unwrap();
+            for irq in &self.banned {
+                write!(answer, "IRQ {irq} LOAD 0 DIFF 0 CLASS 0 ").unwrap();
+            }
+            write!(answer, "BANNED 00000000").unwrap();
+        }
     }
 }
 
