@@ -12,9 +12,12 @@ use crate::error::{Error, Result};
 use crate::host::{self, Host};
 use crate::irq;
 use crate::link;
+use clap::Args;
 use irqbalance::Irqs;
 use serde::Serialize;
 use std::fmt;
+
+const IRQBALANCE: &str = "irqbalance";
 
 /// What it does to the binding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -55,16 +58,46 @@ pub fn find(host: &Host, slaves: &[String]) -> Vec<Rival> {
     rivals
 }
 
-/// Warn of rivals; refuse those that break the binding unless `allow`.
-pub fn check(rivals: &[Rival], allow: bool) -> Result<()> {
-    for rival in rivals {
-        if allow || rival.harm == Harm::Disturbs {
-            eprintln!("cpubond: warning: {rival}");
+/// What to do about rivals, as the command line says.
+#[derive(Args, Clone, Copy, Debug, Default)]
+#[command(next_help_heading = "Rivals")]
+pub struct Policy {
+    /// Have a running irqbalance leave the slaves' interrupts alone
+    ///
+    /// Its list of such interrupts is added to, read back, and restored by "cpubond down" and
+    /// "undo", others' entries untouched. It is lost when irqbalance ends: "cpubond apply" tells
+    /// a new one again, as cpubond.service does by itself.
+    #[arg(long)]
+    pub ban_irqbalance: bool,
+    /// Only warn of what would break the binding
+    ///
+    /// Refused without this (exit code 1): an irqbalance that would move the slaves' interrupts,
+    /// or that does not say whether it would. Warned of in any case: tuned, if its active profile
+    /// moves interrupts or remakes queues; a systemd .link file that does ([Link] IRQAffinity=,
+    /// IRQAffinityPolicy=, ReceivePacketSteeringCPUMask=, CombinedChannels=, RxChannels=,
+    /// TxChannels=, NTupleFilter=); NetworkManager or systemd-networkd managing a slave; RPS, and
+    /// RFS with or without aRFS, of a slave; XPS that its driver has set.
+    #[arg(long)]
+    pub allow_rivals: bool,
+}
+
+impl Policy {
+    /// Warn of the rivals of these slaves; fails if one breaks the binding and is neither allowed
+    /// nor dealt with.
+    pub fn check(self, host: &Host, slaves: &[String]) -> Result<()> {
+        let mut rivals = find(host, slaves);
+        rivals.retain(|rival| !(self.ban_irqbalance && rival.rival == IRQBALANCE));
+        for rival in &rivals {
+            if self.allow_rivals || rival.harm == Harm::Disturbs {
+                eprintln!("cpubond: warning: {rival}");
+            }
         }
-    }
-    match rivals.iter().find(|rival| rival.harm == Harm::Breaks) {
-        Some(rival) if !allow => Err(Error::new(rival.rival, &rival.found).fix(&rival.fix)),
-        _ => Ok(()),
+        match rivals.iter().find(|rival| rival.harm == Harm::Breaks) {
+            Some(rival) if !self.allow_rivals => {
+                Err(Error::new(rival.rival, &rival.found).fix(&rival.fix))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -111,7 +144,7 @@ fn balancer(host: &Host, slaves: &[String]) -> Option<Rival> {
         }
     };
     Some(Rival {
-        rival: "irqbalance",
+        rival: IRQBALANCE,
         harm: Harm::Breaks,
         found: what,
         fix: "--ban-irqbalance (of up and apply) has it leave them alone, \"systemctl disable \
@@ -161,6 +194,7 @@ mod tests {
     use super::*;
     use crate::error::Exit;
     use crate::testing::{Fake, FakeIrqbalance};
+    use clap::Parser;
 
     /// eth0: queue interrupts 25 and 26, index 62, no RPS and no XPS.
     fn machine() -> (Fake, Vec<String>) {
@@ -204,14 +238,25 @@ mod tests {
             "{}",
             rivals[0]
         );
-        let error = check(&rivals, false).unwrap_err();
+        let error = Policy::default().check(&fake.host(), &slaves).unwrap_err();
         assert_eq!(error.exit, Exit::Failed);
         assert!(error.to_string().contains("--ban-irqbalance"), "{error}");
-        check(&rivals, true).unwrap();
+        for line in ["--allow-rivals", "--ban-irqbalance"] {
+            policy(line).check(&fake.host(), &slaves).unwrap();
+        }
 
         // The configuration vector may move.
         running_with(&fake, [25, 26].into());
         assert_eq!(found(&fake, &slaves), [] as [String; 0]);
+    }
+
+    fn policy(line: &str) -> Policy {
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            policy: Policy,
+        }
+        Line::try_parse_from(["up", line]).unwrap().policy
     }
 
     fn running_with(fake: &Fake, irqs: Irqs) {

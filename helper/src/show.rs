@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::host::{self, Host};
 use crate::irq;
 use crate::link;
+use crate::rivals::irqbalance::{self, Irqs};
 use crate::rivals::{self, Rival};
 use crate::topology;
 use clap::Args;
@@ -65,7 +66,16 @@ impl Show {
 pub struct Report {
     schema: u32,
     bonds: Vec<BondReport>,
+    /// `null` if it does not run.
+    irqbalance: Option<BalancerReport>,
     warnings: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct BalancerReport {
+    pid: u32,
+    /// The interrupts it leaves alone; `null` if it does not say.
+    banned: Option<Irqs>,
 }
 
 #[derive(Debug, Serialize)]
@@ -132,9 +142,14 @@ impl Report {
             .iter()
             .map(|bond| BondReport::new(host, bond, &online, &mut warnings))
             .collect();
+        let irqbalance = irqbalance::running(host).map(|irqbalance| BalancerReport {
+            pid: irqbalance.pid,
+            banned: irqbalance.banned().ok(),
+        });
         Ok(Self {
             schema: SCHEMA,
             bonds,
+            irqbalance,
             warnings,
         })
     }
@@ -323,6 +338,16 @@ impl fmt::Display for Report {
             }
             write!(f, "{bond}")?;
         }
+        if let Some(BalancerReport {
+            banned: Some(irqs), ..
+        }) = &self.irqbalance
+        {
+            writeln!(
+                f,
+                "irqbalance leaves alone: {}",
+                irqbalance::list(irqs, ",")
+            )?;
+        }
         for warning in &self.warnings {
             writeln!(f, "warning: {warning}")?;
         }
@@ -420,7 +445,7 @@ fn table<const N: usize>(f: &mut fmt::Formatter<'_>, rows: &[[String; N]]) -> fm
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::Fake;
+    use crate::testing::{Fake, FakeIrqbalance};
 
     fn machine() -> Fake {
         let fake = Fake::with_cpus(2);
@@ -514,6 +539,23 @@ mod tests {
                 .iter()
                 .any(|warning| warning.contains("binds it to CPU 0")),
             "{warnings:?}"
+        );
+    }
+
+    #[test]
+    fn shows_what_irqbalance_leaves_alone() {
+        let fake = machine();
+        let _stub = FakeIrqbalance::start(&fake, 500, [7, 25, 26].into());
+        let report = report(&fake);
+        assert_eq!(report.warnings, [] as [String; 0]);
+        assert_eq!(
+            serde_json::to_value(&report).unwrap()["irqbalance"],
+            serde_json::json!({"pid": 17, "banned": [7, 25, 26]})
+        );
+        assert!(
+            report
+                .to_string()
+                .ends_with("irqbalance leaves alone: 7,25,26\n")
         );
     }
 

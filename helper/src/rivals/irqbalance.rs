@@ -43,7 +43,7 @@ pub struct Irqbalance {
 
 /// The irqbalance that runs, if one does.
 pub fn running(host: &Host) -> Option<Irqbalance> {
-    let pid = *super::pids(host, "irqbalance").first()?;
+    let pid = *super::pids(host, super::IRQBALANCE).first()?;
     Some(Irqbalance {
         pid,
         socket: host
