@@ -6,6 +6,7 @@
 #   make modules  bonding.ko and bond_cpu_bound.ko into target/modules (KDIR=, KSRC=)
 #   make helper   the static binary `cpubond`
 #   make man      the manual pages into target/man
+#   make install  the helper, its manual, units and udev rule (PREFIX=/usr/local, DESTDIR=)
 #   make lint     formatting, clippy, shellcheck, checkpatch, sparse
 #   make vm       a shell in the server VM
 #   make clean    what was built here; the cache stays
@@ -13,6 +14,9 @@
 # MIRROR=URL takes Debian packages from there.
 
 CPUBOND := target/x86_64-unknown-linux-gnu/release/cpubond
+# systemd and udev look in /usr and /usr/local only.
+PREFIX ?= /usr/local
+UNITS := $(PREFIX)/lib/systemd/system
 export MIRROR KDIR KSRC
 
 all: modules helper
@@ -32,6 +36,17 @@ helper:
 man: helper
 	$(CPUBOND) man target/man
 
+# What `make helper` made; nothing is built here, so that root needs no cargo.
+install:
+	install -Dm755 $(CPUBOND) $(DESTDIR)$(PREFIX)/sbin/cpubond
+	$(CPUBOND) man $(DESTDIR)$(PREFIX)/share/man/man8
+	install -d $(DESTDIR)$(UNITS)/irqbalance.service.d
+	for unit in cpubond.service cpubond-run@.service; do \
+		sed 's,=cpubond ,=$(PREFIX)/sbin/cpubond ,' dist/$$unit >$(DESTDIR)$(UNITS)/$$unit || exit; \
+	done
+	install -m644 dist/irqbalance.conf $(DESTDIR)$(UNITS)/irqbalance.service.d/50-cpubond.conf
+	install -Dm644 -t $(DESTDIR)$(PREFIX)/lib/udev/rules.d dist/90-cpubond.rules
+
 lint: modules
 	scripts/lint.sh
 
@@ -41,6 +56,6 @@ vm: modules helper
 clean:
 	rm -rf target
 
-.PHONY: all demo test modules helper man lint vm clean
+.PHONY: all demo test modules helper man install lint vm clean
 # Each part uses all cores by itself.
 .NOTPARALLEL:

@@ -141,6 +141,7 @@ impl Host {
         overlay.file("cpubond/guest/peer.sh", include_bytes!("guest/peer.sh"))?;
         overlay.file("cpubond/guest/demo.sh", include_bytes!("guest/demo.sh"))?;
         overlay.tree(&self.checkout.join("tests"), "cpubond/tests")?;
+        overlay.tree(&self.checkout.join("dist"), "cpubond/dist")?;
         let this = env::current_exe().context("cannot find this program's own file")?;
         overlay.copy(&this, "usr/bin/cpubond")?;
         if let (Role::Server, Some(modules)) = (role, &self.modules) {
