@@ -20,7 +20,7 @@ PROGRAMS=(/usr/bin/ab)
 # Modules by name, or whole folders below the modules' `kernel/`; what they depend
 # on comes along.
 MODULES=(
-	virtio_net virtio_console virtio_rng tun tap veth dummy ifb pktgen tls 8021q bridge
+	virtio_net virtio_console virtio_rng tun tap veth dummy ifb pktgen tls 8021q bridge tcp_diag udp_diag
 	drivers/net/bonding drivers/net/team net/sched net/netfilter net/ipv4/netfilter
 )
 
