@@ -109,6 +109,7 @@ impl Run {
     pub fn run(&self) -> Result<ExitCode> {
         let host = Host::default();
         let plan = self.plan()?;
+        plan.steer.check(plan.service.protocol)?;
         let cpus = plan.cpus(topology::online(&host)?)?;
         let slots = plan.slots(&cpus, self.base_port)?;
         let steer = plan.steer.open(&host)?;

@@ -4,10 +4,13 @@
 //! `cpubond run` starts the daemons and calls a [`Steer`] method with a table from [`table`]
 //! whenever a daemon comes, goes or drains. What it has set up is in the [`State`] file.
 
+mod bpf;
 mod conntrack;
 pub mod control;
 mod list;
 mod nat;
+mod sk_lookup;
+mod socket;
 
 use crate::error::{Error, Exit, Result};
 use crate::host::{self, Host};
@@ -17,7 +20,7 @@ use control::Request;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -181,10 +184,29 @@ pub trait Steer {
 
 impl Method {
     /// Ready to steer, nothing changed yet.
-    pub fn open(self, _host: &Host) -> Result<Box<dyn Steer>> {
-        match self {
-            Self::Nat => Ok(Box::new(nat::Nat)),
-            _ => Err(Error::new(self, "this method is not there yet").exit(Exit::Unsupported)),
+    pub fn open(self, host: &Host) -> Result<Box<dyn Steer>> {
+        Ok(match self {
+            Self::Nat => Box::new(nat::Nat),
+            Self::SkLookup => Box::new(sk_lookup::SkLookup::open(host)?),
+            Self::Reuseport => {
+                return Err(
+                    Error::new(self, "this method is not there yet").exit(Exit::Unsupported)
+                );
+            }
+        })
+    }
+
+    /// Whether it can steer this protocol.
+    pub fn check(self, protocol: Protocol) -> Result<()> {
+        match (self, protocol) {
+            (Self::SkLookup, Protocol::Udp) => Err(Error::new(
+                self,
+                "steers TCP only: the replies of a UDP daemon would come from its own port, not \
+                 from the public one",
+            )
+            .fix("use --steer nat, or reuseport if the daemon sets SO_REUSEPORT")
+            .exit(Exit::Unsupported)),
+            _ => Ok(()),
         }
     }
 }
@@ -228,6 +250,25 @@ pub fn table(cpus: &[Cpu], live: &[Instance]) -> BTreeMap<u32, Instance> {
             })?;
             *load.entry(nearest.cpu).or_default() += 1;
             Some((cpu.id, nearest.clone()))
+        })
+        .collect()
+}
+
+/// For each CPU of the table the CPUs whose instances may take its new flows, in this order: the
+/// table's choice, then the others, the nearest first. For methods whose kernel side can tell by
+/// itself that an instance is gone.
+fn candidates(cpus: &[Cpu], table: &BTreeMap<u32, Instance>) -> BTreeMap<u32, Vec<u32>> {
+    let place = |id: u32| cpus.iter().find(|cpu| cpu.id == id);
+    let all: BTreeSet<u32> = table.values().map(|instance| instance.cpu).collect();
+    table
+        .iter()
+        .map(|(&id, chosen)| {
+            let mut list: Vec<u32> = all.iter().copied().collect();
+            list.sort_by_key(|&to| {
+                let far = place(id).map_or(4, |from| distance(from, place(to), to));
+                (to != chosen.cpu, far, to)
+            });
+            (id, list)
         })
         .collect()
 }
@@ -542,6 +583,29 @@ mod tests {
         assert_eq!(at(&[4, 8], 0), 4, "node");
         assert_eq!(at(&[8], 0), 8, "any");
         assert!(chosen(&big(), &[]).is_empty());
+    }
+
+    #[test]
+    fn the_nearest_are_next() {
+        let live: Vec<Instance> = [1, 2, 4, 8].into_iter().map(instance).collect();
+        let mut table = table(&big(), &live);
+        let list = candidates(&big(), &table);
+        assert_eq!(list.len(), 16);
+        assert_eq!(list[&0], [1, 2, 4, 8]);
+        assert_eq!(list[&5], [4, 1, 2, 8]);
+        assert_eq!(list[&15], [8, 1, 2, 4]);
+        // The table's choice goes first, near or not.
+        table.insert(0, instance(8));
+        assert_eq!(candidates(&big(), &table)[&0], [8, 1, 2, 4]);
+        assert!(candidates(&big(), &BTreeMap::new()).is_empty());
+    }
+
+    #[test]
+    fn no_udp_without_its_port() {
+        let error = Method::SkLookup.check(Protocol::Udp).unwrap_err();
+        assert_eq!(error.exit, Exit::Unsupported);
+        assert!(error.to_string().contains("--steer nat"));
+        Method::Reuseport.check(Protocol::Udp).unwrap();
     }
 
     #[test]
