@@ -37,7 +37,10 @@ use supervisor::Supervisor;
         daemon's port: let \"ct original proto-dst PORT\" in.\n  \
         sk_lookup  {port} as for nat. A BPF program finds the listener, nothing is rewritten. \
         For any program; no conntrack needed.\n  \
-        reuseport  {port} is --port itself; the program must set SO_REUSEPORT.\n\n\
+        reuseport  {port} is --port itself; the program must set SO_REUSEPORT, on one socket for \
+        each address (nginx: \"listen 80 reuseport\", \"worker_processes 1\"). \
+        net.ipv4.tcp_migrate_req is set meanwhile, so that what a daemon that ends has not \
+        accepted yet goes to another.\n\n\
         A daemon gets flows once it listens. If it ends, those of its CPU go to the nearest live \
         one until it is back: started again after 1 s, then 2, 4… up to 30 s; once it has lived \
         10 s after 1 s again. It is given up after --give-up ends in a row.\n\n\

@@ -9,6 +9,7 @@ mod conntrack;
 pub mod control;
 mod list;
 mod nat;
+mod reuseport;
 mod sk_lookup;
 mod socket;
 
@@ -188,11 +189,7 @@ impl Method {
         Ok(match self {
             Self::Nat => Box::new(nat::Nat),
             Self::SkLookup => Box::new(sk_lookup::SkLookup::open(host)?),
-            Self::Reuseport => {
-                return Err(
-                    Error::new(self, "this method is not there yet").exit(Exit::Unsupported)
-                );
-            }
+            Self::Reuseport => Box::new(reuseport::Reuseport::open(host)),
         })
     }
 
