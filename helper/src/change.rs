@@ -1,28 +1,35 @@
-//! Changes to the machine, each declared with its undoing, so that a journal of them is enough
-//! to take them back: at once when a later one fails, or in another process by `cpubond down`.
+//! Changes to the machine: an item, what it held before and what it is to hold. That is enough to
+//! make them, to see whether they are needed, and to take them back: at once when a later one
+//! fails, or in another process, long after.
 //!
 //! Undoing looks at the state it finds, not at how far the doing came. A change that was never
 //! made needs nothing undone, and what somebody else has changed since is not ours to touch.
+//!
+//! A new kind of change is a variant of [`Item`] and an arm in each of its methods; planning,
+//! journal, rollback, undo and drift report follow from these.
 
 use crate::cpulist::CpuSet;
-use crate::error::{Error, Result};
+use crate::error::{Error, Exit, Result};
 use crate::host::{self, Host};
+use crate::irq;
 use crate::link::{self, Mac};
 use crate::netlink::Rtnetlink;
 use ipnet::IpNet;
-use netlink_packet_route::link::{BondLacpRate, BondMode, BondXmitHashPolicy, InfoBond};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Everything that writes, so that tests can count writes and make one fail, and what only
 /// rtnetlink tells.
 pub trait Kernel {
-    fn create_bond(&mut self, bond: &str, options: &BondOptions) -> Result<()>;
+    /// A bond with this index and the driver's defaults.
+    fn create_bond(&mut self, bond: &str, index: u32) -> Result<()>;
     fn delete(&mut self, link: &str) -> Result<()>;
     fn set_up(&mut self, link: &str, up: bool) -> Result<()>;
     fn set_master(&mut self, link: &str, master: Option<&str>) -> Result<()>;
     fn add_address(&mut self, link: &str, address: IpNet) -> Result<()>;
+    fn delete_address(&mut self, link: &str, address: IpNet) -> Result<()>;
     fn addresses(&mut self, link: &str) -> Result<Vec<IpNet>>;
     /// The address the device was made with, whatever it has now; `None` if it was not made with
     /// one, as software devices are not.
@@ -30,33 +37,9 @@ pub trait Kernel {
     fn write(&mut self, path: &Path, value: &str) -> Result<()>;
 }
 
-/// What a bond is created with; numbers are the kernel's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BondOptions {
-    pub mode: u8,
-    pub xmit_hash_policy: Option<u8>,
-    pub lacp_rate: Option<u8>,
-    pub miimon: u32,
-}
-
 impl Kernel for Rtnetlink {
-    fn create_bond(&mut self, bond: &str, options: &BondOptions) -> Result<()> {
-        // The order matters: the kernel checks the policy and the rate against the mode.
-        let mut list = vec![
-            InfoBond::Mode(BondMode::from(options.mode)),
-            InfoBond::MiiMon(options.miimon),
-        ];
-        list.extend(
-            options
-                .xmit_hash_policy
-                .map(|policy| InfoBond::XmitHashPolicy(BondXmitHashPolicy::from(policy))),
-        );
-        list.extend(
-            options
-                .lacp_rate
-                .map(|rate| InfoBond::AdLacpRate(BondLacpRate::from(rate))),
-        );
-        self.create_bond(bond, list)
+    fn create_bond(&mut self, bond: &str, index: u32) -> Result<()> {
+        self.create_bond(bond, index)
     }
 
     fn delete(&mut self, link: &str) -> Result<()> {
@@ -73,6 +56,10 @@ impl Kernel for Rtnetlink {
 
     fn add_address(&mut self, link: &str, address: IpNet) -> Result<()> {
         self.add_address(link, address)
+    }
+
+    fn delete_address(&mut self, link: &str, address: IpNet) -> Result<()> {
+        self.delete_address(link, address)
     }
 
     fn addresses(&mut self, link: &str) -> Result<Vec<IpNet>> {
@@ -92,9 +79,13 @@ impl Kernel for Rtnetlink {
                 format_args!("'{value}' cannot be written: {error}"),
             );
             let is_irq = path.ends_with("smp_affinity_list");
+            let is_policy = path.ends_with("bonding/mode") || path.ends_with("xmit_hash_policy");
             match error.raw_os_error() {
                 // EPERM since 6.13, even for root.
                 Some(EIO | EPERM) if is_irq => kernel_managed(path),
+                _ if is_policy && value == "cpu_bound" => refused
+                    .fix("load the patched bonding.ko and bond_cpu_bound.ko (--module-dir); dmesg may say more")
+                    .exit(Exit::Unsupported),
                 _ => refused,
             }
         })
@@ -110,66 +101,202 @@ pub fn kernel_managed(path: &Path) -> Error {
     .fix("leave this NIC out, or see whether its driver can be loaded without managed interrupts")
 }
 
+/// One thing on the machine that has a value, which is a text: a cpulist, a name, a word.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "change", rename_all = "snake_case")]
-pub enum Change {
-    Create {
-        bond: String,
-        options: BondOptions,
-    },
-    /// A device must be down to be enslaved; undone only if it was up.
-    TakeDown {
-        link: String,
-        was_up: bool,
-    },
-    Enslave {
-        bond: String,
-        slave: String,
-    },
-    /// A file that holds a set of CPUs.
-    Cpus {
-        path: PathBuf,
-        format: Format,
-        before: CpuSet,
-        after: CpuSet,
-    },
-    /// Goes with the bond.
-    Address {
-        bond: String,
-        address: IpNet,
-    },
-    /// Goes with the bond.
-    BringUp {
-        bond: String,
-    },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Format {
-    List,
-    Mask,
+pub enum Item {
+    /// A bond: its index, or nothing if there is none of that name. The index is chosen before
+    /// the bond is made, so that it can be told from one that somebody makes later.
+    Bond { bond: String },
+    /// A word or number in `/sys/class/net/BOND/bonding/NAME`.
+    Option { bond: String, name: String },
+    /// `present`, or nothing.
+    Address { bond: String, address: IpNet },
+    /// `up` or `down`.
+    Up { link: String },
+    /// The bond that has the slave, or nothing.
+    Master { link: String },
+    /// The CPUs that an interrupt of a device may go to.
+    Irq { link: String, irq: u32 },
+    /// A set of CPUs of a queue: `tx-0/xps_cpus`, `rx-0/rps_cpus`.
+    Queue { link: String, file: String },
+    /// `bonding_slave/cpus`.
+    SlaveCpus { link: String },
 }
 
-impl Format {
-    fn parse(self, text: &str) -> std::result::Result<CpuSet, String> {
+/// The value of a device that is up, or down.
+pub const UP: &str = "up";
+pub const DOWN: &str = "down";
+/// The value of an address that is there.
+pub const PRESENT: &str = "present";
+/// The value of what is not there.
+pub const NOTHING: &str = "";
+
+impl Item {
+    /// The device it is of.
+    pub fn link(&self) -> &str {
         match self {
-            Self::List => text.parse(),
-            Self::Mask => CpuSet::from_mask(text),
+            Self::Bond { bond } | Self::Option { bond, .. } | Self::Address { bond, .. } => bond,
+            Self::Up { link }
+            | Self::Master { link }
+            | Self::Irq { link, .. }
+            | Self::Queue { link, .. }
+            | Self::SlaveCpus { link } => link,
         }
     }
 
-    fn print(self, cpus: &CpuSet) -> String {
+    /// Changes are undone from the highest to the lowest: interrupts and queues while the slave is
+    /// in its bond, for many drivers have none while it is closed; the bond when it is empty.
+    pub fn rank(&self) -> u8 {
         match self {
-            Self::List => cpus.to_string(),
-            Self::Mask => cpus.to_mask(),
+            Self::Bond { .. } => 0,
+            Self::Option { .. } => 1,
+            Self::Up { .. } => 2,
+            Self::Master { .. } => 3,
+            Self::Irq { .. } | Self::Queue { .. } | Self::SlaveCpus { .. } => 4,
+            Self::Address { .. } => 5,
         }
     }
 
-    pub fn read(self, path: &Path) -> Result<CpuSet> {
-        self.parse(&host::read(path)?)
-            .map_err(|error| Error::new(path.display(), error))
+    /// What it holds now; `None` if there is no such thing on the machine (any more, or yet).
+    pub fn read(&self, host: &Host, kernel: &mut dyn Kernel) -> Result<Option<String>> {
+        let link = self.link();
+        if let Self::Bond { bond } = self {
+            let index = link::index(host, bond).map_or(NOTHING.into(), |index| index.to_string());
+            return Ok(Some(index));
+        }
+        if !link::exists(host, link) {
+            return Ok(None);
+        }
+        let path = self.path(host);
+        if path.as_ref().is_some_and(|path| !path.exists()) {
+            return Ok(None);
+        }
+        let word = |word: &str, holds: bool| if holds { word } else { NOTHING }.to_string();
+        let cpus = |parse: fn(&str) -> std::result::Result<CpuSet, String>| {
+            let path = path.clone().unwrap_or_default();
+            parse(&host::read(&path)?)
+                .map(|cpus| cpus.to_string())
+                .map_err(|error| Error::new(path.display(), error))
+        };
+        let value = match self {
+            Self::Bond { .. } => NOTHING.into(),
+            Self::Option { .. } => {
+                let text = host::read(path.as_deref().unwrap_or(Path::new("")))?;
+                // NAME NUMBER, for those that have names.
+                text.split_whitespace().next().unwrap_or_default().into()
+            }
+            Self::Address { bond, address } => {
+                word(PRESENT, kernel.addresses(bond)?.contains(address))
+            }
+            Self::Up { link } => if link::is_up(host, link) { UP } else { DOWN }.into(),
+            Self::Master { link } => link::master(host, link).unwrap_or_default(),
+            Self::Irq { .. } | Self::SlaveCpus { .. } => cpus(|text| text.parse())?,
+            Self::Queue { .. } => cpus(CpuSet::from_mask)?,
+        };
+        Ok(Some(value))
     }
+
+    /// Have it hold a value, and read that back.
+    pub fn write(&self, host: &Host, kernel: &mut dyn Kernel, value: &str) -> Result<()> {
+        match self {
+            Self::Bond { bond } => match value.parse() {
+                Ok(index) => kernel.create_bond(bond, index)?,
+                Err(_) => kernel.delete(bond)?,
+            },
+            Self::Address { bond, address } => match value {
+                PRESENT => kernel.add_address(bond, *address)?,
+                _ => kernel.delete_address(bond, *address)?,
+            },
+            Self::Up { link } => kernel.set_up(link, value == UP)?,
+            Self::Master { link } => {
+                kernel.set_master(link, Some(value).filter(|bond| !bond.is_empty()))?;
+            }
+            Self::Queue { .. } => {
+                let cpus: CpuSet = value.parse().map_err(|error| Error::new(self, error))?;
+                kernel.write(&self.path(host).unwrap_or_default(), &cpus.to_mask())?;
+            }
+            Self::Option { .. } | Self::Irq { .. } | Self::SlaveCpus { .. } => {
+                kernel.write(&self.path(host).unwrap_or_default(), value)?;
+            }
+        }
+        match self.read(host, kernel)? {
+            Some(found) if found == value => Ok(()),
+            found => Err(Error::new(
+                self,
+                format_args!(
+                    "was set to {}, but has {}",
+                    quoted(value),
+                    found.as_deref().map_or("gone".to_string(), quoted)
+                ),
+            )),
+        }
+    }
+
+    /// Whether an interrupt is of another device now, as when a driver was loaded anew.
+    pub fn is_strangers(&self, host: &Host) -> bool {
+        matches!(self, Self::Irq { link, irq } if !irq::numbers(host, link).contains(irq))
+    }
+
+    /// The file it is in, for those that are in one.
+    fn path(&self, host: &Host) -> Option<PathBuf> {
+        let link = host.link(self.link());
+        match self {
+            Self::Bond { .. } | Self::Address { .. } | Self::Up { .. } | Self::Master { .. } => {
+                None
+            }
+            Self::Option { name, .. } => Some(link.join("bonding").join(name)),
+            Self::Irq { irq, .. } => Some(irq::affinity_path(host, *irq)),
+            Self::Queue { file, .. } => Some(link.join("queues").join(file)),
+            Self::SlaveCpus { .. } => Some(link.join("bonding_slave/cpus")),
+        }
+    }
+}
+
+/// Where it is, for people.
+impl fmt::Display for Item {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bond { bond } => write!(f, "{bond}: bond"),
+            Self::Option { bond, name } => write!(f, "{bond}: {name}"),
+            Self::Address { bond, address } => write!(f, "{bond}: address {address}"),
+            Self::Up { link } => write!(f, "{link}: link"),
+            Self::Master { link } => write!(f, "{link}: master"),
+            Self::Irq { link, irq } => write!(f, "{link}: CPUs of irq/{irq}"),
+            Self::Queue { link, file } => write!(f, "{link}: {file}"),
+            Self::SlaveCpus { link } => write!(f, "{link}: bonding_slave/cpus"),
+        }
+    }
+}
+
+/// What an item is to hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Want {
+    pub item: Item,
+    pub value: String,
+}
+
+/// A value for people: nothing has to show.
+pub fn quoted(value: &str) -> String {
+    match value {
+        NOTHING => "nothing".to_string(),
+        value => format!("'{value}'"),
+    }
+}
+
+/// One change of one item, for a bond.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// The bond it was made for.
+    pub bond: String,
+    pub item: Item,
+    /// What it held before we touched it.
+    pub before: String,
+    /// What it was last set to.
+    pub after: String,
+    /// What we had set it to before that, if it may still hold that.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier: Vec<String>,
 }
 
 /// How taking a change back went.
@@ -183,126 +310,43 @@ pub enum Undone {
 }
 
 impl Change {
-    /// Make the change and read it back.
-    pub fn apply(&self, host: &Host, kernel: &mut dyn Kernel) -> Result<()> {
-        match self {
-            Self::Create { bond, options } => {
-                kernel.create_bond(bond, options)?;
-                check(
-                    link::exists(host, bond),
-                    bond,
-                    "was created but is not in sysfs",
-                )
-            }
-            Self::TakeDown { link, .. } => {
-                kernel.set_up(link, false)?;
-                check(!link::is_up(host, link), link, "was taken down but is up")
-            }
-            Self::Enslave { bond, slave } => {
-                kernel.set_master(slave, Some(bond))?;
-                let master = link::master(host, slave);
-                check(
-                    master.as_ref() == Some(bond),
-                    slave,
-                    "was enslaved but is in no bond",
-                )
-            }
-            Self::Cpus {
-                path,
-                format,
-                after,
-                ..
-            } => write_cpus(kernel, path, *format, after),
-            Self::Address { bond, address } => {
-                kernel.add_address(bond, *address)?;
-                check(
-                    kernel.addresses(bond)?.contains(address),
-                    bond,
-                    "was given an address it does not have",
-                )
-            }
-            Self::BringUp { bond } => {
-                kernel.set_up(bond, true)?;
-                check(link::is_up(host, bond), bond, "was brought up but is down")
-            }
-        }
+    /// Whether we have set the item to this value.
+    pub fn is_ours(&self, value: &str) -> bool {
+        self.after == value || self.earlier.iter().any(|earlier| earlier == value)
     }
 
-    /// Take the change back. `ours` is the index of the bond we created, if we got that far.
-    pub fn undo(&self, host: &Host, kernel: &mut dyn Kernel, ours: Option<u32>) -> Result<Undone> {
-        match self {
-            Self::Create { bond, .. } => match link::index(host, bond) {
-                None => Ok(Undone::Nothing),
-                index if index == ours => kernel.delete(bond).map(|()| Undone::Restored),
-                Some(_) => Ok(Undone::Left(format!(
-                    "{bond}: not the bond that cpubond created; \"ip link del {bond}\" deletes it"
-                ))),
-            },
-            Self::TakeDown { was_up: false, .. } => Ok(Undone::Nothing),
-            Self::TakeDown { link, .. } => match link::master(host, link) {
-                _ if !link::exists(host, link) => Ok(gone(link)),
-                Some(master) => Ok(Undone::Left(format!(
-                    "{link}: is in {master} now, left as it is"
-                ))),
-                None if link::is_up(host, link) => Ok(Undone::Nothing),
-                None => kernel.set_up(link, true).map(|()| Undone::Restored),
-            },
-            Self::Enslave { bond, slave } => match link::master(host, slave) {
-                _ if !link::exists(host, slave) => Ok(gone(slave)),
-                Some(master) if master == *bond && link::index(host, bond) == ours => {
-                    kernel.set_master(slave, None).map(|()| Undone::Restored)
-                }
-                // A later line says so if it was up before.
-                _ => Ok(Undone::Nothing),
-            },
-            Self::Cpus {
-                path,
-                format,
-                before,
-                after,
-            } => {
-                if !path.exists() {
-                    return Ok(gone(&path.display().to_string()));
-                }
-                let now = format.read(path)?;
-                if now == *before {
-                    Ok(Undone::Nothing)
-                } else if now == *after {
-                    write_cpus(kernel, path, *format, before).map(|()| Undone::Restored)
-                } else {
-                    Ok(Undone::Left(format!(
-                        "{}: holds '{now}', neither what cpubond wrote ('{after}') nor what was \
-                         there before ('{before}'), left as it is",
-                        path.display()
-                    )))
-                }
+    /// Take the change back. That the device is still the one that was changed is for the caller
+    /// to see.
+    pub fn undo(&self, host: &Host, kernel: &mut dyn Kernel) -> Result<Undone> {
+        let item = &self.item;
+        let now = match item.read(host, kernel)? {
+            // The file comes and goes with the bond's hold on the slave.
+            None if matches!(item, Item::SlaveCpus { .. }) => return Ok(Undone::Nothing),
+            None => {
+                return Ok(Undone::Left(format!(
+                    "{item}: no longer exists, nothing to restore"
+                )));
             }
-            Self::Address { .. } | Self::BringUp { .. } => Ok(Undone::Nothing),
+            Some(now) => now,
+        };
+        if now == self.before {
+            return Ok(Undone::Nothing);
         }
-    }
-}
-
-fn gone(place: &str) -> Undone {
-    Undone::Left(format!("{place}: no longer exists, nothing to restore"))
-}
-
-fn write_cpus(kernel: &mut dyn Kernel, path: &Path, format: Format, cpus: &CpuSet) -> Result<()> {
-    kernel.write(path, &format.print(cpus))?;
-    let found = format.read(path)?;
-    check(
-        found == *cpus,
-        path.display(),
-        format_args!("was written '{cpus}' but reads back '{found}'"),
-    )
-}
-
-fn check(
-    holds: bool,
-    place: impl std::fmt::Display,
-    otherwise: impl std::fmt::Display,
-) -> Result<()> {
-    match holds {
-        true => Ok(()),
-        false => Err(Error::new(place, otherwise)),
+        if item.is_strangers(host) {
+            return Ok(Undone::Left(format!(
+                "{item}: of another device now, left as it is"
+            )));
+        }
+        if !self.is_ours(&now) {
+            return Ok(Undone::Left(format!(
+                "{item}: holds {}, neither what cpubond set ({}) nor what was there before ({}), \
+                 left as it is",
+                quoted(&now),
+                quoted(&self.after),
+                quoted(&self.before)
+            )));
+        }
+        item.write(host, kernel, &self.before)
+            .map(|()| Undone::Restored)
     }
 }

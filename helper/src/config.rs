@@ -191,6 +191,21 @@ impl Config {
 }
 
 impl Bond {
+    /// With everything else as in a file that says no more.
+    pub fn named(name: &str) -> Self {
+        Self {
+            name: name.to_string(),
+            mode: Mode::default(),
+            xmit_hash_policy: None,
+            lacp_rate: None,
+            miimon: default_miimon(),
+            follow: None,
+            addresses: Vec::new(),
+            cpus: None,
+            slaves: Vec::new(),
+        }
+    }
+
     /// What the command line and the file have in common: whether the values go together.
     pub fn check(&self) -> std::result::Result<(), Nonsense> {
         if !link::is_device_name(&self.name) {
@@ -282,6 +297,10 @@ impl Slave {
             name: Some(name.to_string()),
             ..Self::default()
         }
+    }
+
+    pub fn set_cpus(self, set_cpus: bool) -> Self {
+        Self { set_cpus, ..self }
     }
 
     pub fn id(&self) -> SlaveId<'_> {

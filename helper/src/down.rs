@@ -32,24 +32,17 @@ impl Down {
             return Err(Error::new(bond, "no name of a bond").exit(Exit::Usage));
         }
         let _lock = Lock::take(&host)?;
-        let journal = Journal::load(&host, bond)?.ok_or_else(|| {
-            let path = Journal::path(&host, bond);
-            match link::exists(&host, bond) {
-                true => Error::new(
-                    bond,
-                    format_args!("not made by cpubond: there is no {}", path.display()),
-                )
-                .fix(format_args!("\"ip link del {bond}\" deletes it")),
+        let mut journal = Journal::open(&host)?;
+        journal.refuse_if_unconfirmed()?;
+        if !journal.bonds.contains_key(bond) {
+            return Err(match link::exists(&host, bond) {
+                true => Error::new(bond, "not made by cpubond")
+                    .fix(format_args!("\"ip link del {bond}\" deletes it")),
                 false => Error::new(bond, "no such bond").fix("\"cpubond show\" lists them"),
-            }
-        })?;
-        let undoing = journal.undo(&host, &mut Rtnetlink::open()?);
-        for line in &undoing.left {
-            eprintln!("cpubond: {line}");
+            });
         }
-        for error in &undoing.errors {
-            eprintln!("cpubond: {error}");
-        }
+        let undoing = journal.undo(&host, &mut Rtnetlink::open()?, Some(bond));
+        undoing.report();
         match undoing.errors.len() {
             0 => {
                 println!("{bond}: down, {} changes taken back", undoing.restored);

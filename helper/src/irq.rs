@@ -52,7 +52,7 @@ fn cpus(path: &Path) -> Result<CpuSet> {
 
 /// The device's message-signalled interrupts, or its one wired interrupt. The network device may
 /// hang off a child of the device that has them, as every virtio-net does.
-fn numbers(host: &Host, link: &str) -> Vec<u32> {
+pub fn numbers(host: &Host, link: &str) -> Vec<u32> {
     let Ok(device) = fs::canonicalize(host.link(link).join("device")) else {
         return Vec::new();
     };

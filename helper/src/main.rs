@@ -1,10 +1,13 @@
 //! `cpubond`: one CPU and one NIC for every flow, receive to transmit.
 
+mod bind;
 mod bond;
 mod change;
+mod check;
 mod cli;
 #[expect(dead_code, reason = "apply, plan and run are to use it")]
 mod config;
+mod converge;
 mod cpulist;
 mod down;
 mod error;
@@ -20,8 +23,10 @@ mod options;
 #[cfg_attr(not(test), expect(dead_code, reason = "up and apply are to use it"))]
 mod rivals;
 mod run;
+mod settle;
 mod shares;
 mod show;
+mod signals;
 mod steer;
 #[cfg(test)]
 mod testing;

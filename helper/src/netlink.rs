@@ -8,9 +8,7 @@ use netlink_packet_core::{
     NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{
-    InfoBond, InfoData, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
-};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use std::io;
@@ -38,14 +36,13 @@ impl Rtnetlink {
         Netlink::open("rtnetlink", NETLINK_ROUTE).map(Self)
     }
 
-    pub fn create_bond(&mut self, bond: &str, options: Vec<InfoBond>) -> Result<()> {
+    /// With an index of our choice, so that it is known before there is a bond.
+    pub fn create_bond(&mut self, bond: &str, index: u32) -> Result<()> {
         let mut message = LinkMessage::default();
+        message.header.index = index;
         message.attributes = vec![
             LinkAttribute::IfName(bond.to_string()),
-            LinkAttribute::LinkInfo(vec![
-                LinkInfo::Kind(InfoKind::Bond),
-                LinkInfo::Data(InfoData::Bond(options)),
-            ]),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bond)]),
         ];
         self.request(
             RouteNetlinkMessage::NewLink(message),
@@ -54,14 +51,11 @@ impl Rtnetlink {
         .map_err(|refusal| {
             let unsupported = [libc_errno::EOPNOTSUPP, libc_errno::EPROTONOSUPPORT];
             let error = refusal.at(bond, "cannot be created");
-            match refusal.errno {
-                errno if unsupported.contains(&errno) => error
+            match unsupported.contains(&refusal.errno) {
+                true => error
                     .exit(Exit::Unsupported)
                     .fix("load the patched bonding.ko and bond_cpu_bound.ko (--module-dir)"),
-                libc_errno::EINVAL => error.exit(Exit::Unsupported).fix(
-                    "the bonding driver does not know this mode or policy: load the patched one",
-                ),
-                _ => error,
+                false => error,
             }
         })
     }
@@ -105,14 +99,7 @@ impl Rtnetlink {
     }
 
     pub fn add_address(&mut self, link: &str, address: IpNet) -> Result<()> {
-        let mut message = AddressMessage::default();
-        message.header.family = family(address);
-        message.header.prefix_len = address.prefix_len();
-        message.header.index = self.index(link)?;
-        message.attributes = vec![
-            AddressAttribute::Local(address.addr()),
-            AddressAttribute::Address(address.addr()),
-        ];
+        let mut message = self.address_message(link, address)?;
         if let IpNet::V4(v4) = address
             && v4.prefix_len() < 31
         {
@@ -125,6 +112,24 @@ impl Rtnetlink {
             NLM_F_CREATE | NLM_F_EXCL,
         )
         .map_err(|refusal| refusal.at(link, &format!("cannot have address {address}")))
+    }
+
+    pub fn delete_address(&mut self, link: &str, address: IpNet) -> Result<()> {
+        let message = self.address_message(link, address)?;
+        self.request(RouteNetlinkMessage::DelAddress(message), 0)
+            .map_err(|refusal| refusal.at(link, &format!("cannot lose address {address}")))
+    }
+
+    fn address_message(&mut self, link: &str, address: IpNet) -> Result<AddressMessage> {
+        let mut message = AddressMessage::default();
+        message.header.family = family(address);
+        message.header.prefix_len = address.prefix_len();
+        message.header.index = self.index(link)?;
+        message.attributes = vec![
+            AddressAttribute::Local(address.addr()),
+            AddressAttribute::Address(address.addr()),
+        ];
+        Ok(message)
     }
 
     /// Addresses somebody gave the link; those the kernel makes by itself (link-local) are left
@@ -307,7 +312,6 @@ impl Netlink {
 mod libc_errno {
     pub const EPERM: i32 = 1;
     pub const ENODEV: i32 = 19;
-    pub const EINVAL: i32 = 22;
     pub const EPROTONOSUPPORT: i32 = 93;
     pub const EOPNOTSUPP: i32 = 95;
 }

@@ -77,7 +77,6 @@ impl Mode {
 }
 
 /// An option's value as the command line and the bond's files in sysfs spell it.
-#[cfg_attr(not(test), expect(dead_code, reason = "apply is to use it"))]
 pub fn name(value: impl ValueEnum) -> String {
     value
         .to_possible_value()

@@ -1,6 +1,6 @@
 //! A made-up machine in a temporary directory, and a kernel that works on it.
 
-use crate::change::{BondOptions, Kernel};
+use crate::change::Kernel;
 use crate::cpulist::CpuSet;
 use crate::error::{Error, Result};
 use crate::host::{self, Host};
@@ -23,12 +23,16 @@ pub struct Fake {
 
 impl Fake {
     pub fn new() -> Self {
+        // In memory where there is such a place: journals are synced to disk at every write.
+        let root = TempDir::new_in("/dev/shm").or_else(|_| TempDir::new());
         let fake = Self {
-            root: TempDir::new().unwrap(),
+            root: root.unwrap(),
         };
         fs::create_dir_all(fake.path("sys/class/net")).unwrap();
         fs::create_dir_all(fake.path("proc")).unwrap();
         fs::create_dir_all(fake.path("sys/bus/pci")).unwrap();
+        fake.file("proc/sys/kernel/random/boot_id", "this\n");
+        fake.file("proc/self/ns/net", "");
         fake
     }
 
@@ -147,17 +151,22 @@ impl Fake {
         }
         let mut files = BTreeMap::new();
         walk(self.root.path(), &mut files);
-        files.retain(|path, _| !path.ends_with("run/lock"));
+        files.retain(|path, _| {
+            !path.ends_with("run/lock") && !path.ends_with("run/journal.json.new")
+        });
         files
     }
 }
 
-/// Does to the made-up machine what rtnetlink does to a real one.
+/// Does to the made-up machine what rtnetlink does to a real one, and refuses what the bonding
+/// driver refuses.
 pub struct FakeKernel<'a> {
     pub fake: &'a Fake,
     /// Writes until one fails, and whether all later ones do too.
     pub fail_after: Option<usize>,
     pub stay_broken: bool,
+    /// Kill the caller (see `killed`) at this write, before it is done or after.
+    pub kill_at: Option<(usize, Moment)>,
     pub writes: usize,
     pub addresses: Vec<(String, IpNet)>,
     /// The map the driver shows does not follow the interrupts.
@@ -165,12 +174,31 @@ pub struct FakeKernel<'a> {
     pub permanent: BTreeMap<String, Mac>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    Before,
+    After,
+}
+
+/// Whether `act` was killed by its `FakeKernel`: nothing of it goes on, not even its error paths.
+pub fn killed(act: impl FnOnce()) -> bool {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(act)).is_err_and(|cause| {
+        match cause.downcast::<Killed>() {
+            Ok(_) => true,
+            Err(cause) => std::panic::resume_unwind(cause),
+        }
+    })
+}
+
+struct Killed;
+
 impl<'a> FakeKernel<'a> {
     pub fn new(fake: &'a Fake) -> Self {
         Self {
             fake,
             fail_after: None,
             stay_broken: false,
+            kill_at: None,
             writes: 0,
             addresses: Vec::new(),
             wrong_map: false,
@@ -178,14 +206,23 @@ impl<'a> FakeKernel<'a> {
         }
     }
 
-    fn count(&mut self) -> Result<()> {
+    /// One write: it fails, kills or is done.
+    fn count(&mut self, write: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         self.writes += 1;
+        if self.kill_at == Some((self.writes, Moment::Before)) {
+            std::panic::resume_unwind(Box::new(Killed));
+        }
         match self.fail_after {
             Some(limit) if self.writes == limit || (self.stay_broken && self.writes > limit) => {
-                Err(Error::new("fake", "made to fail"))
+                return Err(Error::new("fake", "made to fail"));
             }
-            _ => Ok(()),
+            _ => {}
         }
+        write(self)?;
+        if self.kill_at == Some((self.writes, Moment::After)) {
+            std::panic::resume_unwind(Box::new(Killed));
+        }
+        Ok(())
     }
 
     fn net(&self, link: &str, file: &str) -> PathBuf {
@@ -197,19 +234,43 @@ impl<'a> FakeKernel<'a> {
             .file(&format!("sys/class/net/{link}/{file}"), text);
     }
 
+    fn raise(&self, link: &str, up: bool) {
+        let flags = link::flags(&self.fake.host(), link) & !1 | u32::from(up);
+        self.put(link, "flags", &format!("{flags:#x}\n"));
+    }
+
+    /// A slave is closed when released.
+    fn release(&self, slave: &str) {
+        let host = self.fake.host();
+        let bond = link::master(&host, slave).unwrap();
+        let mut slaves = crate::bond::slaves(&host, &bond);
+        slaves.retain(|other| other != slave);
+        fs::remove_file(self.net(slave, "master")).unwrap();
+        fs::remove_dir_all(self.net(slave, "bonding_slave")).unwrap();
+        self.raise(slave, false);
+        self.put(&bond, "bonding/slaves", &format!("{}\n", slaves.join(" ")));
+    }
+
     fn update_map(&self, bond: &str) {
         let host = self.fake.host();
         let slaves = crate::bond::slaves(&host, bond);
         let mut map = String::new();
+        let queue_cpus: BTreeMap<&String, CpuSet> = slaves
+            .iter()
+            .map(|slave| {
+                let irqs = irq::of_link(&host, slave);
+                let queues = irqs.iter().filter(|irq| irq.queue.is_some());
+                let cpus = queues
+                    .flat_map(|irq| {
+                        let cpus = irq::effective_affinity(&host, irq.number).unwrap();
+                        cpus.iter().collect::<Vec<_>>()
+                    })
+                    .collect();
+                (slave, cpus)
+            })
+            .collect();
         for cpu in crate::topology::online(&host).unwrap() {
-            let own = |slave: &&String| {
-                irq::of_link(&host, slave).iter().any(|irq| {
-                    irq.queue.is_some()
-                        && irq::effective_affinity(&host, irq.number)
-                            .unwrap()
-                            .contains(cpu.id)
-                })
-            };
+            let own = |slave: &&String| queue_cpus[*slave].contains(cpu.id);
             let by_hand = |slave: &&String| {
                 crate::bond::cpus_by_hand(&host, slave).is_some_and(|cpus| cpus.contains(cpu.id))
             };
@@ -234,69 +295,96 @@ impl<'a> FakeKernel<'a> {
 }
 
 impl Kernel for FakeKernel<'_> {
-    fn create_bond(&mut self, bond: &str, options: &BondOptions) -> Result<()> {
-        self.count()?;
-        self.put(bond, "ifindex", "77\n");
-        self.put(bond, "flags", "0x1402\n");
-        self.put(bond, "bonding/mode", &format!("fake {}\n", options.mode));
-        self.put(bond, "bonding/slaves", "\n");
-        self.put(bond, "bonding/cpu_bound_map", "");
-        Ok(())
+    fn create_bond(&mut self, bond: &str, index: u32) -> Result<()> {
+        self.count(|kernel| {
+            assert!(!kernel.net(bond, "ifindex").exists(), "{bond} exists");
+            kernel.put(bond, "ifindex", &format!("{index}\n"));
+            kernel.put(bond, "flags", "0x1402\n");
+            kernel.put(bond, "type", "1\n");
+            for (option, value) in [
+                ("mode", "balance-rr 0"),
+                ("miimon", "0"),
+                ("xmit_hash_policy", "layer2 0"),
+                ("lacp_rate", "slow 0"),
+                ("cpu_bound_follow", "cpu"),
+                ("slaves", ""),
+                ("cpu_bound_map", ""),
+            ] {
+                kernel.put(bond, &format!("bonding/{option}"), &format!("{value}\n"));
+            }
+            Ok(())
+        })
     }
 
     fn delete(&mut self, link: &str) -> Result<()> {
-        self.count()?;
-        fs::remove_dir_all(self.fake.path(&format!("sys/class/net/{link}"))).unwrap();
-        self.addresses.retain(|(of, _)| of != link);
-        Ok(())
+        self.count(|kernel| {
+            for slave in crate::bond::slaves(&kernel.fake.host(), link) {
+                kernel.release(&slave);
+            }
+            fs::remove_dir_all(kernel.fake.path(&format!("sys/class/net/{link}"))).unwrap();
+            kernel.addresses.retain(|(of, _)| of != link);
+            Ok(())
+        })
     }
 
     fn set_up(&mut self, link: &str, up: bool) -> Result<()> {
-        self.count()?;
-        let flags = link::flags(&self.fake.host(), link) & !1 | u32::from(up);
-        self.put(link, "flags", &format!("{flags:#x}\n"));
-        if up && self.net(link, "bonding").exists() {
-            self.update_map(link);
-        }
-        Ok(())
+        self.count(|kernel| {
+            kernel.raise(link, up);
+            if up && kernel.net(link, "bonding").exists() {
+                kernel.update_map(link);
+            }
+            Ok(())
+        })
     }
 
     fn set_master(&mut self, link: &str, master: Option<&str>) -> Result<()> {
-        self.count()?;
-        let host = self.fake.host();
-        let old = link::master(&host, link);
-        let bond = master.or(old.as_deref()).unwrap().to_string();
-        let mut slaves = crate::bond::slaves(&host, &bond);
-        slaves.retain(|slave| slave != link);
-        match master {
-            Some(master) => {
-                slaves.push(link.to_string());
-                symlink(
-                    self.fake.path(&format!("sys/class/net/{master}")),
-                    self.net(link, "master"),
-                )
-                .unwrap();
-                self.put(link, "bonding_slave/mii_status", "up\n");
-                self.put(link, "bonding_slave/state", "active\n");
-                self.put(link, "bonding_slave/cpus", "\n");
-                self.put(link, "bonding_slave/cpu_bound_stats", "local 0\nremote 0\n");
+        self.count(|kernel| {
+            let host = kernel.fake.host();
+            let Some(bond) = master else {
+                kernel.release(link);
+                return Ok(());
+            };
+            if link::is_up(&host, link) {
+                return Err(Error::new(link, "cannot be enslaved: it is up"));
             }
-            None => {
-                fs::remove_file(self.net(link, "master")).unwrap();
-                fs::remove_dir_all(self.net(link, "bonding_slave")).unwrap();
+            if let Some(master) = link::master(&host, link) {
+                return Err(Error::new(link, format_args!("is in {master}")));
             }
-        }
-        // A slave is opened when enslaved, closed when released.
-        let flags = link::flags(&host, link) & !1 | u32::from(master.is_some());
-        self.put(link, "flags", &format!("{flags:#x}\n"));
-        self.put(&bond, "bonding/slaves", &format!("{}\n", slaves.join(" ")));
-        Ok(())
+            let mut slaves = crate::bond::slaves(&host, bond);
+            slaves.push(link.to_string());
+            symlink(
+                kernel.fake.path(&format!("sys/class/net/{bond}")),
+                kernel.net(link, "master"),
+            )
+            .unwrap();
+            for (file, text) in [
+                ("mii_status", "up"),
+                ("state", "active"),
+                ("cpus", ""),
+                ("cpu_bound_stats", "local 0\nremote 0"),
+            ] {
+                kernel.put(link, &format!("bonding_slave/{file}"), &format!("{text}\n"));
+            }
+            kernel.raise(link, true);
+            kernel.put(bond, "bonding/slaves", &format!("{}\n", slaves.join(" ")));
+            Ok(())
+        })
     }
 
     fn add_address(&mut self, link: &str, address: IpNet) -> Result<()> {
-        self.count()?;
-        self.addresses.push((link.to_string(), address));
-        Ok(())
+        self.count(|kernel| {
+            kernel.addresses.push((link.to_string(), address));
+            Ok(())
+        })
+    }
+
+    fn delete_address(&mut self, link: &str, address: IpNet) -> Result<()> {
+        self.count(|kernel| {
+            kernel
+                .addresses
+                .retain(|(of, there)| of != link || *there != address);
+            Ok(())
+        })
     }
 
     fn addresses(&mut self, link: &str) -> Result<Vec<IpNet>> {
@@ -313,10 +401,33 @@ impl Kernel for FakeKernel<'_> {
     }
 
     fn write(&mut self, path: &Path, value: &str) -> Result<()> {
-        self.count()?;
-        let _: String = host::read(path)?;
-        fs::write(path, format!("{value}\n")).unwrap();
-        Ok(())
+        self.count(|kernel| {
+            let _: String = host::read(path)?;
+            let bond = path.ancestors().nth(2).and_then(|dir| dir.file_name());
+            if let Some(bond) = bond.and_then(|bond| bond.to_str()) {
+                let host = kernel.fake.host();
+                let is_up = link::is_up(&host, bond);
+                let has_slaves = !crate::bond::slaves(&host, bond).is_empty();
+                let is_lacp =
+                    crate::bond::option_name(&host, bond, "mode").as_deref() == Some("802.3ad");
+                let refused = match path.file_name().and_then(|name| name.to_str()) {
+                    Some("mode") => is_up || has_slaves,
+                    Some("lacp_rate") => is_up || !is_lacp,
+                    _ => false,
+                };
+                if refused {
+                    return Err(Error::new(path.display(), "the fake driver refuses"));
+                }
+            }
+            fs::write(path, format!("{value}\n")).unwrap();
+            let moves = path.ends_with("smp_affinity_list") || path.ends_with("bonding_slave/cpus");
+            for link in host::names(&kernel.fake.path("sys/class/net")) {
+                if moves && kernel.net(&link, "bonding").exists() {
+                    kernel.update_map(&link);
+                }
+            }
+            Ok(())
+        })
     }
 }
 

@@ -1,27 +1,21 @@
 //! `cpubond up`: make a bond in which every CPU has its own slave, or change nothing.
 
-use crate::bond::{self, MapLine};
-use crate::change::{self, BondOptions, Change, Format, Kernel};
-use crate::config::Address;
+use crate::change::Kernel;
+use crate::check::check_privilege;
+use crate::config::{self, Address};
+use crate::converge::{self, Goal};
 use crate::cpulist::CpuSet;
 use crate::error::{Error, Exit, Result};
-use crate::host::{self, Host};
-use crate::irq::{self, Irq};
-use crate::journal::{Journal, Lock};
+use crate::host::Host;
+use crate::journal::{By, Journal, Lock};
 use crate::link;
 use crate::module;
 use crate::netlink::Rtnetlink;
-use crate::options::{HashPolicy, LacpRate, Mode};
-use crate::shares::shares;
+use crate::options::{Follow, HashPolicy, LacpRate, Mode};
 use crate::show;
-use crate::topology;
+use crate::signals;
 use clap::Args;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
 
 /// Make a bond whose slaves' interrupts, transmit queues and CPUs belong together
 #[derive(Args, Debug)]
@@ -74,6 +68,10 @@ pub struct Up {
     /// How 802.3ad and balance-xor pick a slave [default: cpu_bound]
     #[arg(long, value_enum, value_name = "POLICY")]
     pub xmit_hash_policy: Option<HashPolicy>,
+    /// Whose slave a packet takes: that of the CPU that transmits, or of the CPU that last received
+    /// for its socket [default: cpu]
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub follow: Option<Follow>,
     /// Load bonding.ko and bond_cpu_bound.ko from this directory rather than by modprobe
     #[arg(long, value_name = "DIR")]
     pub module_dir: Option<PathBuf>,
@@ -85,27 +83,17 @@ pub struct Up {
 impl Up {
     pub fn run(&self) -> Result<()> {
         let host = Host::default();
-        self.check_usage()?;
-        check_privilege(&host)?;
+        let bond = self.bond()?;
+        check_privilege(&host, "cpubond up")?;
         let _lock = Lock::take(&host)?;
         let mut kernel = Rtnetlink::open()?;
-        self.check_machine(&host, &mut kernel)?;
-        module::check(&host, self.needs_policy())?;
+        let mut journal = Journal::open(&host)?;
+        let goal = self.goal(&host, &mut kernel, &journal, bond)?;
+        module::check(&host, goal.needs_policy())?;
 
-        let interrupted = Arc::new(AtomicBool::new(false));
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            signal_hook::flag::register(signal, Arc::clone(&interrupted))
-                .map_err(|error| Error::new("signal handler", error))?;
-        }
-        let loaded = module::load(&host, self.module_dir.as_deref(), self.needs_policy())?;
-        match self.bring_up(
-            &host,
-            &mut kernel,
-            &|| match interrupted.load(Ordering::Relaxed) {
-                true => Err(Error::new(&self.bond, "interrupted")),
-                false => Ok(()),
-            },
-        ) {
+        let go_on = signals::go_on()?;
+        let loaded = module::load(&host, self.module_dir.as_deref(), goal.needs_policy())?;
+        match self.bring_up(&host, &mut kernel, &mut journal, &goal, &go_on) {
             Ok(()) => {
                 self.report(&host);
                 Ok(())
@@ -117,121 +105,58 @@ impl Up {
         }
     }
 
-    /// Whether the bond asks the module which slave to send through.
-    fn needs_policy(&self) -> bool {
-        self.mode == Mode::CpuBound || self.hash_policy() == Some(HashPolicy::CpuBound)
-    }
-
-    fn hash_policy(&self) -> Option<HashPolicy> {
-        match self.mode {
-            Mode::Lacp | Mode::BalanceXor => {
-                Some(self.xmit_hash_policy.unwrap_or(HashPolicy::CpuBound))
-            }
-            _ => self.xmit_hash_policy,
-        }
-    }
-
-    fn options(&self) -> BondOptions {
-        BondOptions {
-            mode: self.mode as u8,
-            xmit_hash_policy: self.hash_policy().map(|policy| policy as u8),
-            lacp_rate: self.lacp_rate.map(|rate| rate as u8),
+    /// The bond that the command line describes, if it makes sense.
+    fn bond(&self) -> Result<config::Bond> {
+        let bond = config::Bond {
+            mode: self.mode,
+            xmit_hash_policy: self.xmit_hash_policy,
+            lacp_rate: self.lacp_rate,
             miimon: self.miimon,
-        }
-    }
-
-    /// What can be told from the command line alone.
-    fn check_usage(&self) -> Result<()> {
-        let usage = |place: &str, found: &str, fix: &str| {
-            Err(Error::new(place, found).fix(fix).exit(Exit::Usage))
+            follow: self.follow,
+            addresses: self.addresses.clone(),
+            cpus: self.cpus.clone(),
+            slaves: self
+                .slaves
+                .iter()
+                .map(|slave| config::Slave::named(slave).set_cpus(self.set_cpus))
+                .collect(),
+            ..config::Bond::named(&self.bond)
         };
-        for name in self.slaves.iter().chain([&self.bond]) {
-            if !link::is_device_name(name) {
-                return usage(
-                    name,
-                    "no name of a network device",
-                    "use 1 to 15 characters without spaces, '/' and ':'",
-                );
+        match bond.check() {
+            Ok(()) => Ok(bond),
+            Err(nonsense) => {
+                let place = match nonsense.key {
+                    "name" | "slave" => "cpubond up".to_string(),
+                    "addresses" => "--address".to_string(),
+                    key => format!("--{}", key.replace('_', "-")),
+                };
+                Err(Error::new(place, nonsense.found)
+                    .fix(format_args!("allowed: {}", nonsense.allowed))
+                    .exit(Exit::Usage))
             }
         }
-        for (index, slave) in self.slaves.iter().enumerate() {
-            if *slave == self.bond {
-                return usage(
-                    slave,
-                    "named as bond and as slave",
-                    "the bond is new and needs a name of its own",
-                );
-            }
-            if self.slaves[..index].contains(slave) {
-                return usage(slave, "named twice", "name each slave once");
-            }
-        }
-        for (index, address) in self.addresses.iter().enumerate() {
-            if self.addresses[..index].contains(address) {
-                return usage(
-                    &address.to_string(),
-                    "named twice",
-                    "name each address once",
-                );
-            }
-        }
-        if self.lacp_rate.is_some() && self.mode != Mode::Lacp {
-            return usage("--lacp-rate", "only 802.3ad has LACP", "add --mode 802.3ad");
-        }
-        if self
-            .xmit_hash_policy
-            .is_some_and(|policy| !self.mode.uses(policy))
-        {
-            return usage(
-                "--xmit-hash-policy",
-                "this mode does not use this policy",
-                "add --mode 802.3ad or --mode balance-xor",
-            );
-        }
-        if self.miimon == 0 {
-            return usage(
-                "--miimon",
-                "0 turns link checks off, and dead slaves would be sent through",
-                "use 100",
-            );
-        }
-        Ok(())
     }
 
     /// What can be told from the machine before anything is written.
-    fn check_machine(&self, host: &Host, kernel: &mut dyn Kernel) -> Result<()> {
-        let bond = &self.bond;
-        if Journal::load(host, bond)?.is_some() {
-            return Err(Error::new(bond, "cpubond has set it up before")
-                .fix(format_args!("\"cpubond down {bond}\" takes it down")));
+    fn goal(
+        &self,
+        host: &Host,
+        kernel: &mut dyn Kernel,
+        journal: &Journal,
+        bond: config::Bond,
+    ) -> Result<Goal> {
+        let name = &self.bond;
+        journal.refuse_if_unconfirmed()?;
+        if journal.bonds.contains_key(name) {
+            return Err(Error::new(name, "cpubond has set it up before")
+                .fix(format_args!("\"cpubond down {name}\" takes it down")));
         }
-        if link::exists(host, bond) {
-            return Err(Error::new(bond, "exists already").fix(format_args!(
-                "choose another name, or \"ip link del {bond}\" first"
+        if link::exists(host, name) {
+            return Err(Error::new(name, "exists already").fix(format_args!(
+                "choose another name, or \"ip link del {name}\" first"
             )));
         }
-        for slave in &self.slaves {
-            check_slave(host, kernel, slave)?;
-        }
-        self.cpus(host).map(drop)
-    }
-
-    /// The CPUs to share out.
-    fn cpus(&self, host: &Host) -> Result<Vec<topology::Cpu>> {
-        let mut cpus = topology::online(host)?;
-        if let Some(wanted) = &self.cpus {
-            let online: CpuSet = cpus.iter().map(|cpu| cpu.id).collect();
-            let offline = wanted.difference(&online);
-            if wanted.is_empty() || !offline.is_empty() {
-                let found = match wanted.is_empty() {
-                    true => "empty".to_string(),
-                    false => format!("CPUs {offline} are not online"),
-                };
-                return Err(Error::new("--cpus", found).fix(format_args!("choose from {online}")));
-            }
-            cpus.retain(|cpu| wanted.contains(cpu.id));
-        }
-        Ok(cpus)
+        Goal::new(host, kernel, journal, &[bond], By::Up)
     }
 
     /// Make all changes, or take back those made.
@@ -239,216 +164,15 @@ impl Up {
         &self,
         host: &Host,
         kernel: &mut dyn Kernel,
-        go_on: &dyn Fn() -> Result<()>,
-    ) -> Result<()> {
-        let mut journal = Journal::new(&self.bond);
-        let Err(cause) = self.make(host, kernel, &mut journal, go_on) else {
-            return Ok(());
-        };
-        let undoing = journal.undo(host, kernel);
-        for line in &undoing.left {
-            eprintln!("cpubond: {line}");
-        }
-        for error in &undoing.errors {
-            eprintln!("cpubond: rolling back: {error}");
-        }
-        match (undoing.errors.len(), undoing.restored) {
-            (0, 0) => Err(cause),
-            (0, _) => {
-                eprintln!("cpubond: {}: failed, everything was rolled back", self.bond);
-                Err(cause.exit(Exit::RolledBack))
-            }
-            (errors, _) => {
-                eprintln!(
-                    "cpubond: {bond}: failed, and rolling back failed in {errors} places (see above); \
-                     \"cpubond down {bond}\" tries again",
-                    bond = self.bond
-                );
-                Err(cause.exit(Exit::RolledBack))
-            }
-        }
-    }
-
-    fn make(
-        &self,
-        host: &Host,
-        kernel: &mut dyn Kernel,
         journal: &mut Journal,
+        goal: &Goal,
         go_on: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
-        let bond = &self.bond;
-        journal.make(
-            host,
-            kernel,
-            vec![Change::Create {
-                bond: bond.clone(),
-                options: self.options(),
-            }],
-            go_on,
-        )?;
-        if self.needs_policy() && bond::map(host, bond).is_none() {
-            return Err(
-                Error::new(bond, "made by the stock driver, without transmit policies")
-                    .fix("load the patched bonding.ko")
-                    .exit(Exit::Unsupported),
-            );
+        journal.begin(host, kernel, None)?;
+        match goal.reach(host, kernel, journal, self.wait, go_on) {
+            Ok(_) => journal.commit(host),
+            Err(cause) => Err(converge::roll_back(host, kernel, journal, cause)),
         }
-
-        let enslave = self.slaves.iter().flat_map(|slave| {
-            [
-                Change::TakeDown {
-                    link: slave.clone(),
-                    was_up: link::is_up(host, slave),
-                },
-                Change::Enslave {
-                    bond: bond.clone(),
-                    slave: slave.clone(),
-                },
-            ]
-        });
-        journal.make(host, kernel, enslave.collect(), go_on)?;
-
-        // Only now: many drivers request interrupts when the device is opened, and it was opened
-        // by being enslaved.
-        let nodes: Vec<Option<u32>> = self
-            .slaves
-            .iter()
-            .map(|slave| link::numa_node(host, slave))
-            .collect();
-        let mut bindings = Vec::new();
-        let mut changes = Vec::new();
-        for (slave, share) in self.slaves.iter().zip(shares(&nodes, &self.cpus(host)?)) {
-            let binding = Binding::new(host, slave, share);
-            changes.extend(binding.changes(host, self.needs_policy(), self.set_cpus)?);
-            bindings.push(binding);
-        }
-        journal.make(host, kernel, changes, go_on)?;
-
-        let finish = self
-            .addresses
-            .iter()
-            .map(|address| Change::Address {
-                bond: bond.clone(),
-                address: address.0,
-            })
-            .chain([Change::BringUp { bond: bond.clone() }]);
-        journal.make(host, kernel, finish.collect(), go_on)?;
-        self.settle(host, &bindings, go_on)
-    }
-
-    /// Wait until the kernel shows what was set up. A slave without a link, one that LACP has not
-    /// let in yet, or an interrupt that will move when it next fires, is worth a warning (by
-    /// `report`); an interrupt that has moved, on a usable slave, and that the map does not follow
-    /// is an error.
-    fn settle(
-        &self,
-        host: &Host,
-        bindings: &[Binding],
-        go_on: &dyn Fn() -> Result<()>,
-    ) -> Result<()> {
-        let wait = Duration::from_secs(self.wait.into());
-        let start = Instant::now();
-        let mut steady = start;
-        let mut expected = self.expected_map(host, bindings);
-        loop {
-            go_on()?;
-            let now_expected = self.expected_map(host, bindings);
-            if now_expected != expected {
-                // The kernel looks at interrupts about once a second: give it time again.
-                expected = now_expected;
-                steady = Instant::now();
-            }
-            let waiting: Vec<&Binding> = bindings
-                .iter()
-                .filter(|binding| !self.may_send(host, &binding.slave))
-                .collect();
-            let pending = bindings.iter().any(|binding| binding.is_pending(host));
-            let mismatch = self.map_mismatch(host, &expected);
-            if waiting.is_empty() && !pending && mismatch.is_none() {
-                return Ok(());
-            }
-            // Not for ever, should something keep moving interrupts.
-            let patience = if mismatch.is_some() {
-                steady.elapsed()
-            } else {
-                start.elapsed()
-            };
-            if patience < wait && start.elapsed() < 5 * wait {
-                thread::sleep(Duration::from_millis(50));
-                continue;
-            }
-            if let Some(line) = mismatch {
-                return Err(Error::new(&self.bond, line));
-            }
-            for Binding { slave, .. } in waiting {
-                eprintln!(
-                    "cpubond: warning: {slave}: {} after {} s; its CPUs send through other slaves until it is usable",
-                    match link::has_carrier(host, slave) {
-                        true => "not let into the aggregate",
-                        false => "no carrier",
-                    },
-                    self.wait
-                );
-            }
-            return Ok(());
-        }
-    }
-
-    fn may_send(&self, host: &Host, slave: &str) -> bool {
-        match self.mode {
-            // All but one are backups, as they should be.
-            Mode::ActiveBackup => bond::has_link(host, slave),
-            _ => bond::is_usable(host, slave),
-        }
-    }
-
-    /// What the map must show by now.
-    fn expected_map(&self, host: &Host, bindings: &[Binding]) -> Vec<Expected> {
-        bindings
-            .iter()
-            .filter(|binding| self.needs_policy() && bond::is_usable(host, &binding.slave))
-            .map(|binding| Expected {
-                slave: binding.slave.clone(),
-                bound: binding.bound_cpus(host, self.set_cpus),
-                interrupted: binding.interrupted_cpus(host),
-            })
-            .collect()
-    }
-
-    /// The first CPU that the kernel's map binds otherwise.
-    fn map_mismatch(&self, host: &Host, expected: &[Expected]) -> Option<String> {
-        let map = bond::map(host, &self.bond).unwrap_or_default();
-        for Expected {
-            slave,
-            bound,
-            interrupted,
-        } in expected
-        {
-            for cpu in bound.iter() {
-                let line = map.iter().find(|line| line.cpu == cpu);
-                if !line.is_some_and(|line| line.is_bound() && line.slaves.contains(slave)) {
-                    let found = line.map_or("nothing".to_string(), |line| {
-                        format!("'{} {}'", line.slaves.join(","), line.reason)
-                    });
-                    return Some(format!(
-                        "CPU {cpu} was given to {slave}, but after {} s cpu_bound_map has {found}",
-                        self.wait
-                    ));
-                }
-            }
-            let stale = map.iter().find(|line| {
-                line.reason == "irq"
-                    && line.slaves.contains(slave)
-                    && !interrupted.contains(line.cpu)
-            });
-            if let Some(MapLine { cpu, .. }) = stale {
-                return Some(format!(
-                    "after {} s cpu_bound_map binds CPU {cpu} to {slave}, none of whose interrupts goes there",
-                    self.wait
-                ));
-            }
-        }
-        None
     }
 
     fn report(&self, host: &Host) {
@@ -459,226 +183,13 @@ impl Up {
     }
 }
 
-/// One slave and the CPUs it is given.
-struct Binding {
-    slave: String,
-    share: Vec<u32>,
-    queue_irqs: Vec<(Irq, u32)>,
-}
-
-impl Binding {
-    fn new(host: &Host, slave: &str, share: Vec<u32>) -> Self {
-        let queue_irqs = irq::of_link(host, slave)
-            .into_iter()
-            .filter_map(|irq| {
-                let cpu = cpu_of_queue(&share, irq.queue?)?;
-                Some((irq, cpu))
-            })
-            .collect();
-        Self {
-            slave: slave.to_string(),
-            share,
-            queue_irqs,
-        }
-    }
-
-    fn changes(&self, host: &Host, needs_policy: bool, set_cpus: bool) -> Result<Vec<Change>> {
-        let mut changes = Vec::new();
-        for (irq, cpu) in &self.queue_irqs {
-            changes.push(Change::Cpus {
-                path: irq::affinity_path(host, irq.number),
-                format: Format::List,
-                before: irq::affinity(host, irq.number)?,
-                after: CpuSet::from_iter([*cpu]),
-            });
-        }
-        // A device without interrupts of its own (veth, USB) has nothing the kernel could bind
-        // it by.
-        if needs_policy && (set_cpus || self.queue_irqs.is_empty()) {
-            let path = host.link(&self.slave).join("bonding_slave/cpus");
-            changes.push(Change::Cpus {
-                before: Format::List.read(&path)?,
-                path,
-                format: Format::List,
-                after: self.share.iter().copied().collect(),
-            });
-        }
-        let xps = link::xps(host, &self.slave);
-        let masks = cpus_of_queues(&self.share, xps.len());
-        for (queue, after) in xps.into_iter().zip(masks) {
-            changes.push(Change::Cpus {
-                path: queue.path,
-                format: Format::Mask,
-                before: queue.cpus,
-                after,
-            });
-        }
-        for queue in link::rps(host, &self.slave) {
-            changes.push(Change::Cpus {
-                path: queue.path,
-                format: Format::Mask,
-                before: queue.cpus,
-                after: CpuSet::default(),
-            });
-        }
-        changes.retain(
-            |change| !matches!(change, Change::Cpus { before, after, .. } if before == after),
-        );
-        Ok(changes)
-    }
-
-    /// The CPUs that the map must show as bound to the slave by now.
-    fn bound_cpus(&self, host: &Host, set_cpus: bool) -> CpuSet {
-        match set_cpus || self.queue_irqs.is_empty() {
-            true => self.share.iter().copied().collect(),
-            false => self
-                .queue_irqs
-                .iter()
-                .filter(|(irq, cpu)| has_moved(host, irq, *cpu))
-                .map(|(_, cpu)| *cpu)
-                .collect(),
-        }
-    }
-
-    /// The CPUs that the slave's queue interrupts go to now, wherever they were sent, and those
-    /// that they will go to when they fire next: the kernel's map is ahead of them.
-    fn interrupted_cpus(&self, host: &Host) -> CpuSet {
-        let now = self
-            .queue_irqs
-            .iter()
-            .filter_map(|(irq, _)| irq::effective_affinity(host, irq.number).ok());
-        let next = self
-            .queue_irqs
-            .iter()
-            .filter_map(|(irq, _)| irq::affinity(host, irq.number).ok())
-            // Of several CPUs, the one is yet to be chosen.
-            .filter(|cpus| cpus.iter().nth(1).is_none());
-        now.chain(next)
-            .flat_map(|cpus| cpus.iter().collect::<Vec<_>>())
-            .collect()
-    }
-
-    /// Without interrupt remapping, x86 moves an interrupt only when it fires.
-    fn is_pending(&self, host: &Host) -> bool {
-        self.queue_irqs
-            .iter()
-            .any(|(irq, cpu)| !has_moved(host, irq, *cpu))
-    }
-}
-
-/// What the map must show of a usable slave.
-#[derive(PartialEq, Eq)]
-struct Expected {
-    slave: String,
-    /// CPUs bound to it.
-    bound: CpuSet,
-    /// The only CPUs that may be bound to it by interrupt.
-    interrupted: CpuSet,
-}
-
-fn has_moved(host: &Host, irq: &Irq, cpu: u32) -> bool {
-    irq::effective_affinity(host, irq.number).is_ok_and(|cpus| cpus == CpuSet::from_iter([cpu]))
-}
-
-fn cpu_of_queue(share: &[u32], queue: u32) -> Option<u32> {
-    let index = usize::try_from(queue).ok()?.checked_rem(share.len())?;
-    share.get(index).copied()
-}
-
-/// The CPUs that send on each of `count` queues: the one its interrupt is on, and, where there
-/// are fewer queues than CPUs, every `count`th after it.
-fn cpus_of_queues(share: &[u32], count: usize) -> Vec<CpuSet> {
-    (0..count)
-        .map(|queue| {
-            let first = queue.checked_rem(share.len()).unwrap_or(0);
-            share.iter().skip(first).step_by(count).copied().collect()
-        })
-        .collect()
-}
-
-fn check_slave(host: &Host, kernel: &mut dyn Kernel, slave: &str) -> Result<()> {
-    let busy = |found: String, fix: String| Err(Error::new(slave, found).fix(fix));
-    if !link::exists(host, slave) {
-        return busy(
-            "no such network device".into(),
-            "\"ip link\" lists them".into(),
-        );
-    }
-    if link::is_loopback(host, slave) {
-        return busy(
-            "the loopback device cannot be enslaved".into(),
-            "name NICs".into(),
-        );
-    }
-    if !link::is_ethernet(host, slave) {
-        return busy("not an Ethernet device".into(), "name Ethernet NICs".into());
-    }
-    if host.link(slave).join("bonding").exists() {
-        return busy(
-            "a bond itself, and bonds do not nest".into(),
-            "name NICs".into(),
-        );
-    }
-    if let Some(master) = link::master(host, slave) {
-        return busy(
-            format!("busy: in {master} already"),
-            format!("\"ip link set {slave} nomaster\" frees it"),
-        );
-    }
-    if let Some(upper) = link::uppers(host, slave).first() {
-        return busy(
-            format!("busy: {upper} is built on it"),
-            format!("delete {upper}, and build it on the bond"),
-        );
-    }
-    if let Some(address) = kernel.addresses(slave)?.first() {
-        return busy(
-            format!("busy: it has address {address}, which would stop working"),
-            format!(
-                "\"ip address del {address} dev {slave}\", and give it to the bond with --address"
-            ),
-        );
-    }
-    for irq in irq::of_link(host, slave)
-        .iter()
-        .filter(|irq| irq.queue.is_some())
-    {
-        let path = irq::affinity_path(host, irq.number);
-        // Since 6.13 such interrupts show by the mode of the file; before, by EIO on writing.
-        let writable = path
-            .metadata()
-            .is_ok_and(|file| file.permissions().mode() & 0o200 != 0);
-        if !writable {
-            return Err(change::kernel_managed(&path));
-        }
-    }
-    Ok(())
-}
-
-fn check_privilege(host: &Host) -> Result<()> {
-    const CAP_NET_ADMIN: u64 = 12;
-    let capabilities = host::read_if_any(&host.proc.join("self/status")).and_then(|status| {
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("CapEff:"))?;
-        u64::from_str_radix(line.trim(), 16).ok()
-    });
-    match capabilities {
-        Some(capabilities) if capabilities >> CAP_NET_ADMIN & 1 == 0 => Err(Error::new(
-            "cpubond up",
-            "no permission to change network devices",
-        )
-        .fix("run as root")),
-        // Not knowing is no reason to refuse: the kernel will.
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Fake, FakeKernel, cpus};
+    use crate::journal::Undoing;
+    use crate::testing::{Fake, FakeKernel};
     use clap::Parser;
+    use std::os::unix::fs::PermissionsExt;
 
     #[derive(Parser)]
     struct Line {
@@ -714,13 +225,30 @@ mod tests {
         Ok(())
     }
 
+    /// All that `run` does to the machine.
+    fn make(
+        up: &Up,
+        fake: &Fake,
+        kernel: &mut FakeKernel,
+        go_on: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
+        let host = fake.host();
+        let mut journal = Journal::open(&host)?;
+        let goal = up.goal(&host, kernel, &journal, up.bond()?)?;
+        up.bring_up(&host, kernel, &mut journal, &goal, go_on)
+    }
+
+    fn undo(fake: &Fake, kernel: &mut FakeKernel) -> Undoing {
+        let mut journal = Journal::open(&fake.host()).unwrap();
+        journal.undo(&fake.host(), kernel, Some("bond0"))
+    }
+
     #[test]
     fn binds_interrupts_and_queues() {
         let fake = machine();
         let mut kernel = FakeKernel::new(&fake);
         let up = up("bond0 eth0 eth1 --address 192.0.2.1/24");
-        up.check_machine(&fake.host(), &mut kernel).unwrap();
-        up.bring_up(&fake.host(), &mut kernel, &go_on).unwrap();
+        make(&up, &fake, &mut kernel, &go_on).unwrap();
 
         let irqs = |first: u32| -> Vec<String> {
             (first..first + 5)
@@ -744,13 +272,10 @@ mod tests {
         let up = up("bond0 eth0 eth1 --set-cpus --address 192.0.2.1/24");
 
         let mut kernel = FakeKernel::new(&fake);
-        up.bring_up(&fake.host(), &mut kernel, &go_on).unwrap();
+        make(&up, &fake, &mut kernel, &go_on).unwrap();
         let writes = kernel.writes;
         assert!(writes > 20, "only {writes} writes");
-        let undoing = Journal::load(&fake.host(), "bond0")
-            .unwrap()
-            .unwrap()
-            .undo(&fake.host(), &mut kernel);
+        let undoing = undo(&fake, &mut kernel);
         assert!(
             undoing.errors.is_empty() && undoing.left.is_empty(),
             "{undoing:?}"
@@ -762,7 +287,7 @@ mod tests {
                 fail_after: Some(limit),
                 ..FakeKernel::new(&fake)
             };
-            let error = up.bring_up(&fake.host(), &mut kernel, &go_on).unwrap_err();
+            let error = make(&up, &fake, &mut kernel, &go_on).unwrap_err();
             let exit = if limit == 1 {
                 Exit::Failed
             } else {
@@ -784,14 +309,11 @@ mod tests {
             ..FakeKernel::new(&fake)
         };
         assert_eq!(
-            up.bring_up(&fake.host(), &mut kernel, &go_on)
-                .unwrap_err()
-                .exit,
+            make(&up, &fake, &mut kernel, &go_on).unwrap_err().exit,
             Exit::RolledBack
         );
 
-        let journal = Journal::load(&fake.host(), "bond0").unwrap().unwrap();
-        let undoing = journal.undo(&fake.host(), &mut FakeKernel::new(&fake));
+        let undoing = undo(&fake, &mut FakeKernel::new(&fake));
         assert!(undoing.errors.is_empty(), "{undoing:?}");
         assert_eq!(fake.snapshot(), before);
     }
@@ -801,12 +323,9 @@ mod tests {
         let fake = machine();
         let up = up("bond0 eth0 eth1");
         let mut kernel = FakeKernel::new(&fake);
-        up.bring_up(&fake.host(), &mut kernel, &go_on).unwrap();
+        make(&up, &fake, &mut kernel, &go_on).unwrap();
         fake.file("proc/irq/27/smp_affinity_list", "3\n");
-        let undoing = Journal::load(&fake.host(), "bond0")
-            .unwrap()
-            .unwrap()
-            .undo(&fake.host(), &mut kernel);
+        let undoing = undo(&fake, &mut kernel);
         assert_eq!(undoing.left.len(), 1);
         assert!(undoing.left[0].contains("irq/27") && undoing.errors.is_empty());
         assert_eq!(fake.text("proc/irq/27/smp_affinity_list"), "3");
@@ -818,12 +337,9 @@ mod tests {
         let fake = machine();
         let up = up("bond0 eth0");
         let mut kernel = FakeKernel::new(&fake);
-        up.bring_up(&fake.host(), &mut kernel, &go_on).unwrap();
+        make(&up, &fake, &mut kernel, &go_on).unwrap();
         fake.file("sys/class/net/bond0/ifindex", "78\n");
-        let undoing = Journal::load(&fake.host(), "bond0")
-            .unwrap()
-            .unwrap()
-            .undo(&fake.host(), &mut kernel);
+        let undoing = undo(&fake, &mut kernel);
         assert!(fake.path("sys/class/net/bond0").exists());
         assert!(
             undoing
@@ -842,9 +358,7 @@ mod tests {
             wrong_map: true,
             ..FakeKernel::new(&fake)
         };
-        let error = up("bond0 eth0 eth1")
-            .bring_up(&fake.host(), &mut kernel, &go_on)
-            .unwrap_err();
+        let error = make(&up("bond0 eth0 eth1"), &fake, &mut kernel, &go_on).unwrap_err();
         assert_eq!(error.exit, Exit::RolledBack);
         assert!(
             error.to_string().contains("CPU 0 was given to eth0"),
@@ -866,9 +380,13 @@ mod tests {
         // Both of a queue pair, or the other would do for the CPU.
         stuck(&fake, 35, "1");
         stuck(&fake, 36, "1");
-        up("bond0 eth0 eth1")
-            .bring_up(&fake.host(), &mut FakeKernel::new(&fake), &go_on)
-            .unwrap();
+        make(
+            &up("bond0 eth0 eth1"),
+            &fake,
+            &mut FakeKernel::new(&fake),
+            &go_on,
+        )
+        .unwrap();
     }
 
     #[test]
@@ -877,14 +395,18 @@ mod tests {
         // When the map is made the interrupt is on CPU 1 still, and moves after that.
         stuck(&fake, 35, "1");
         let bond_is_up = || link::is_up(&fake.host(), "bond0");
-        let error = up("bond0 eth0 eth1")
-            .bring_up(&fake.host(), &mut FakeKernel::new(&fake), &|| {
+        let error = make(
+            &up("bond0 eth0 eth1"),
+            &fake,
+            &mut FakeKernel::new(&fake),
+            &|| {
                 if bond_is_up() {
                     fake.file("proc/irq/35/effective_affinity_list", "2");
                 }
                 Ok(())
-            })
-            .unwrap_err();
+            },
+        )
+        .unwrap_err();
         assert!(error.to_string().contains("binds CPU 1 to eth1"), "{error}");
     }
 
@@ -893,16 +415,20 @@ mod tests {
         let fake = machine();
         let before = fake.snapshot();
         let asked = std::cell::Cell::new(0);
-        let error = up("bond0 eth0 eth1")
-            .bring_up(&fake.host(), &mut FakeKernel::new(&fake), &|| {
+        let error = make(
+            &up("bond0 eth0 eth1"),
+            &fake,
+            &mut FakeKernel::new(&fake),
+            &|| {
                 asked.set(asked.get() + 1);
                 if asked.get() > 8 {
                     Err(Error::new("bond0", "interrupted"))
                 } else {
                     Ok(())
                 }
-            })
-            .unwrap_err();
+            },
+        )
+        .unwrap_err();
         assert_eq!(error.exit, Exit::RolledBack);
         assert_eq!(fake.snapshot(), before);
     }
@@ -911,24 +437,25 @@ mod tests {
     fn a_slave_without_interrupts_is_bound_by_hand() {
         let fake = machine();
         fake.nic("veth0", &[]);
-        up("bond0 eth0 veth0")
-            .bring_up(&fake.host(), &mut FakeKernel::new(&fake), &go_on)
-            .unwrap();
+        make(
+            &up("bond0 eth0 veth0"),
+            &fake,
+            &mut FakeKernel::new(&fake),
+            &go_on,
+        )
+        .unwrap();
         assert_eq!(fake.text("sys/class/net/veth0/bonding_slave/cpus"), "2-3");
     }
 
     #[test]
     fn plain_modes_do_not_need_the_module() {
-        assert!(!up("bond0 eth0 --mode balance-rr").needs_policy());
-        assert!(up("bond0 eth0 --mode 802.3ad").needs_policy());
-        assert!(!up("bond0 eth0 --mode 802.3ad --xmit-hash-policy layer3+4").needs_policy());
-        assert_eq!(up("bond0 eth0").options().mode, 7);
-        assert_eq!(
-            up("bond0 eth0 --mode balance-xor")
-                .options()
-                .xmit_hash_policy,
-            Some(6)
-        );
+        let bond = |line: &str| up(line).bond().unwrap();
+        assert!(!bond("bond0 eth0 --mode balance-rr").needs_policy());
+        assert!(bond("bond0 eth0 --mode 802.3ad").needs_policy());
+        assert!(!bond("bond0 eth0 --mode 802.3ad --xmit-hash-policy layer3+4").needs_policy());
+        assert_eq!(bond("bond0 eth0").mode, Mode::CpuBound);
+        let xor = bond("bond0 eth0 --mode balance-xor");
+        assert_eq!(xor.hash_policy(), Some(HashPolicy::CpuBound));
     }
 
     #[test]
@@ -944,14 +471,10 @@ mod tests {
             "bond0 eth0 --miimon 0",
             "bond0 eth0 --address 192.0.2.1/24 --address 192.0.2.1/24",
         ] {
-            assert_eq!(
-                up(line).check_usage().unwrap_err().exit,
-                Exit::Usage,
-                "{line}"
-            );
+            assert_eq!(up(line).bond().unwrap_err().exit, Exit::Usage, "{line}");
         }
         up("bond0 eth0 --mode 802.3ad --lacp-rate fast")
-            .check_usage()
+            .bond()
             .unwrap();
     }
 
@@ -982,31 +505,17 @@ mod tests {
             ("addressed", "192.0.2.9/24"),
             ("managed", "the kernel manages this interrupt"),
         ] {
-            let error = up(&format!("bond0 {slave}"))
-                .check_machine(&fake.host(), &mut kernel)
-                .unwrap_err();
+            let error =
+                make(&up(&format!("bond0 {slave}")), &fake, &mut kernel, &go_on).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
         }
-        let error = up("bond0 eth0 --cpus 2-9")
-            .check_machine(&fake.host(), &mut kernel)
-            .unwrap_err();
+        let error = make(&up("bond0 eth0 --cpus 2-9"), &fake, &mut kernel, &go_on).unwrap_err();
         assert!(
             error.to_string().contains("CPUs 4-9 are not online"),
             "{error}"
         );
-        let error = up("eth1 eth0")
-            .check_machine(&fake.host(), &mut kernel)
-            .unwrap_err();
+        let error = make(&up("eth1 eth0"), &fake, &mut kernel, &go_on).unwrap_err();
         assert!(error.to_string().contains("exists already"), "{error}");
         assert_eq!(kernel.writes, 0);
-    }
-
-    #[test]
-    fn queues_cover_the_share() {
-        assert_eq!(cpus_of_queues(&[4, 5], 4), ["4", "5", "4", "5"].map(cpus));
-        assert_eq!(cpus_of_queues(&[0, 1, 2, 3], 2), ["0,2", "1,3"].map(cpus));
-        assert_eq!(cpus_of_queues(&[7], 1), ["7"].map(cpus));
-        assert_eq!(cpu_of_queue(&[4, 5], 3), Some(5));
-        assert_eq!(cpu_of_queue(&[], 3), None);
     }
 }

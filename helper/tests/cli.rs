@@ -43,7 +43,10 @@ fn usage_errors_exit_with_2() {
 #[test]
 fn our_own_errors_are_one_line_with_the_fix() {
     let (_, errors) = cpubond("up bond0 eth0 eth0");
-    assert_eq!(errors, "cpubond: eth0: named twice; name each slave once\n");
+    assert_eq!(
+        errors,
+        "cpubond: cpubond up: 'eth0' is there twice; allowed: each one once\n"
+    );
     let (code, errors) = cpubond("show no-such-bond");
     assert_eq!(code, Some(1));
     assert_eq!(
