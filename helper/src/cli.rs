@@ -1,5 +1,6 @@
 //! The command line: one variant a subcommand, one file a subcommand.
 
+use crate::audit::Audit;
 use crate::down::Down;
 use crate::error::Result;
 use crate::man::Pages;
@@ -28,6 +29,7 @@ struct Cli {
 enum Command {
     Up(Up),
     Show(Show),
+    Audit(Audit),
     Down(Down),
     Run(Run),
     #[command(subcommand)]
@@ -45,6 +47,7 @@ pub fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Up(up) => up.run(),
         Command::Show(show) => show.run(),
+        Command::Audit(audit) => audit.run(),
         Command::Down(down) => down.run(),
         Command::Run(run) => return exit_with(run.run()),
         Command::Steer(command) => command.run(),

@@ -1,5 +1,6 @@
 //! `cpubond`: one CPU and one NIC for every flow, receive to transmit.
 
+mod audit;
 mod bind;
 mod bond;
 mod change;
