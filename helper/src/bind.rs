@@ -150,6 +150,11 @@ impl Binding {
         wants
     }
 
+    /// Those of its interrupts that serve queues.
+    pub fn irqs(&self) -> impl Iterator<Item = u32> {
+        self.queue_irqs.iter().map(|(irq, _)| irq.number)
+    }
+
     fn share_set(&self) -> CpuSet {
         self.share.iter().copied().collect()
     }

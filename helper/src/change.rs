@@ -14,6 +14,7 @@ use crate::host::{self, Host};
 use crate::irq;
 use crate::link::{self, Mac};
 use crate::netlink::Rtnetlink;
+use crate::rivals::irqbalance::{self, Irqs};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -35,6 +36,8 @@ pub trait Kernel {
     /// one, as software devices are not.
     fn permanent_mac(&mut self, link: &str) -> Result<Option<Mac>>;
     fn write(&mut self, path: &Path, value: &str) -> Result<()>;
+    /// Have irqbalance leave these interrupts alone and no others.
+    fn set_banned(&mut self, host: &Host, irqs: &Irqs) -> Result<()>;
 }
 
 impl Kernel for Rtnetlink {
@@ -68,6 +71,13 @@ impl Kernel for Rtnetlink {
 
     fn permanent_mac(&mut self, link: &str) -> Result<Option<Mac>> {
         self.permanent_mac(link)
+    }
+
+    fn set_banned(&mut self, host: &Host, irqs: &Irqs) -> Result<()> {
+        match irqbalance::running(host) {
+            Some(irqbalance) => irqbalance.set_banned(irqs),
+            None => Err(Error::new("irqbalance", "has ended").fix("try again")),
+        }
     }
 
     fn write(&mut self, path: &Path, value: &str) -> Result<()> {
@@ -122,6 +132,9 @@ pub enum Item {
     Queue { link: String, file: String },
     /// `bonding_slave/cpus`.
     SlaveCpus { link: String },
+    /// `banned` if irqbalance leaves the interrupt alone, or nothing. It is irqbalance's, not a
+    /// device's: it outlives both the device and the interrupt.
+    Ban { irq: u32 },
 }
 
 /// The value of a device that is up, or down.
@@ -129,11 +142,13 @@ pub const UP: &str = "up";
 pub const DOWN: &str = "down";
 /// The value of an address that is there.
 pub const PRESENT: &str = "present";
+/// The value of an interrupt that irqbalance leaves alone.
+pub const BANNED: &str = "banned";
 /// The value of what is not there.
 pub const NOTHING: &str = "";
 
 impl Item {
-    /// The device it is of.
+    /// The device it is of; empty if of none.
     pub fn link(&self) -> &str {
         match self {
             Self::Bond { bond } | Self::Option { bond, .. } | Self::Address { bond, .. } => bond,
@@ -142,6 +157,7 @@ impl Item {
             | Self::Irq { link, .. }
             | Self::Queue { link, .. }
             | Self::SlaveCpus { link } => link,
+            Self::Ban { .. } => "",
         }
     }
 
@@ -150,7 +166,7 @@ impl Item {
     pub fn rank(&self) -> u8 {
         match self {
             Self::Bond { .. } => 0,
-            Self::Option { .. } => 1,
+            Self::Option { .. } | Self::Ban { .. } => 1,
             Self::Up { .. } => 2,
             Self::Master { .. } => 3,
             Self::Irq { .. } | Self::Queue { .. } | Self::SlaveCpus { .. } => 4,
@@ -164,6 +180,13 @@ impl Item {
         if let Self::Bond { bond } = self {
             let index = link::index(host, bond).map_or(NOTHING.into(), |index| index.to_string());
             return Ok(Some(index));
+        }
+        if let Self::Ban { irq } = self {
+            let Some(irqbalance) = irqbalance::running(host) else {
+                return Ok(None);
+            };
+            let is_banned = irqbalance.banned_soon()?.contains(irq);
+            return Ok(Some(if is_banned { BANNED } else { NOTHING }.into()));
         }
         if !link::exists(host, link) {
             return Ok(None);
@@ -180,7 +203,7 @@ impl Item {
                 .map_err(|error| Error::new(path.display(), error))
         };
         let value = match self {
-            Self::Bond { .. } => NOTHING.into(),
+            Self::Bond { .. } | Self::Ban { .. } => NOTHING.into(),
             Self::Option { .. } => {
                 let text = host::read(path.as_deref().unwrap_or(Path::new("")))?;
                 // NAME NUMBER, for those that have names.
@@ -212,6 +235,18 @@ impl Item {
             Self::Master { link } => {
                 kernel.set_master(link, Some(value).filter(|bond| !bond.is_empty()))?;
             }
+            Self::Ban { irq } => {
+                // The list can only be replaced, so others' entries go with ours.
+                let mut banned = match irqbalance::running(host) {
+                    Some(irqbalance) => irqbalance.banned_soon()?,
+                    None => Irqs::new(),
+                };
+                match value {
+                    BANNED => banned.insert(*irq),
+                    _ => banned.remove(irq),
+                };
+                kernel.set_banned(host, &banned)?;
+            }
             Self::Queue { .. } => {
                 let cpus: CpuSet = value.parse().map_err(|error| Error::new(self, error))?;
                 kernel.write(&self.path(host).unwrap_or_default(), &cpus.to_mask())?;
@@ -242,9 +277,11 @@ impl Item {
     fn path(&self, host: &Host) -> Option<PathBuf> {
         let link = host.link(self.link());
         match self {
-            Self::Bond { .. } | Self::Address { .. } | Self::Up { .. } | Self::Master { .. } => {
-                None
-            }
+            Self::Bond { .. }
+            | Self::Address { .. }
+            | Self::Up { .. }
+            | Self::Master { .. }
+            | Self::Ban { .. } => None,
             Self::Option { name, .. } => Some(link.join("bonding").join(name)),
             Self::Irq { irq, .. } => Some(irq::affinity_path(host, *irq)),
             Self::Queue { file, .. } => Some(link.join("queues").join(file)),
@@ -265,6 +302,7 @@ impl fmt::Display for Item {
             Self::Irq { link, irq } => write!(f, "{link}: CPUs of irq/{irq}"),
             Self::Queue { link, file } => write!(f, "{link}: {file}"),
             Self::SlaveCpus { link } => write!(f, "{link}: bonding_slave/cpus"),
+            Self::Ban { irq } => write!(f, "irqbalance: leaves irq/{irq} alone"),
         }
     }
 }
@@ -320,8 +358,10 @@ impl Change {
     pub fn undo(&self, host: &Host, kernel: &mut dyn Kernel) -> Result<Undone> {
         let item = &self.item;
         let now = match item.read(host, kernel)? {
-            // The file comes and goes with the bond's hold on the slave.
-            None if matches!(item, Item::SlaveCpus { .. }) => return Ok(Undone::Nothing),
+            // The file comes and goes with the bond's hold on the slave; the ban, with irqbalance.
+            None if matches!(item, Item::SlaveCpus { .. } | Item::Ban { .. }) => {
+                return Ok(Undone::Nothing);
+            }
             None => {
                 return Ok(Undone::Left(format!(
                     "{item}: no longer exists, nothing to restore"

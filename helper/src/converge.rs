@@ -7,7 +7,7 @@
 
 use crate::bind::{self, Binding};
 use crate::bond;
-use crate::change::{Change, DOWN, Item, Kernel, NOTHING, PRESENT, UP, Want, quoted};
+use crate::change::{BANNED, Change, DOWN, Item, Kernel, NOTHING, PRESENT, UP, Want, quoted};
 use crate::check::check_slave;
 use crate::config::{self, Resolved};
 use crate::error::{Error, Exit, Result};
@@ -15,6 +15,7 @@ use crate::host::Host;
 use crate::journal::{self, By, Journal};
 use crate::link;
 use crate::options;
+use crate::rivals::{self, irqbalance};
 use crate::settle::Settle;
 
 /// A bond that is wanted, and the devices that its slaves are now.
@@ -28,6 +29,9 @@ pub struct Goal {
     pub targets: Vec<Target>,
     /// `Apply`: bonds that an earlier `apply` has made and that are no targets are to go.
     pub by: By,
+    /// irqbalance is to leave the slaves' interrupts alone, if it runs. Of bonds for which it was
+    /// told to before, it is in any case.
+    pub ban: bool,
 }
 
 /// What it takes.
@@ -65,7 +69,11 @@ impl Goal {
                 slaves,
             });
         }
-        let goal = Self { targets, by };
+        let goal = Self {
+            targets,
+            by,
+            ban: false,
+        };
         for target in &goal.targets {
             goal.check(host, kernel, journal, target)?;
         }
@@ -97,6 +105,23 @@ impl Goal {
             }
         }
         bind::cpus_of_slaves(host, &target.bond, &target.slaves).map(drop)
+    }
+
+    /// Warn of rivals, or refuse to go on beside them, as the policy says.
+    pub fn mind_rivals(
+        &mut self,
+        host: &Host,
+        journal: &Journal,
+        policy: rivals::Policy,
+    ) -> Result<()> {
+        let slaves: Vec<String> = self
+            .targets
+            .iter()
+            .flat_map(|target| &target.slaves)
+            .map(|slave| slave.link.clone())
+            .collect();
+        self.ban = policy.ban_irqbalance || journal.in_force().iter().any(is_ban);
+        policy.check(host, &slaves, self.ban)
     }
 
     fn target(&self, bond: &str) -> Option<&Target> {
@@ -251,7 +276,8 @@ impl Steps<'_> {
                 None => self.restore(&[], |change| change.bond == bond)?,
                 Some(target) => self.restore(&[], |change| {
                     let link = change.item.link();
-                    change.bond == bond && link != bond && !target.has(link)
+                    // Bans have no device: they are seen to when the slaves' interrupts are known.
+                    change.bond == bond && link != bond && !target.has(link) && !is_ban(change)
                 })?,
             }
         }
@@ -259,7 +285,7 @@ impl Steps<'_> {
         for target in &goal.targets {
             self.make_bond(target)?;
             self.enslave(target)?;
-            bindings.push(self.bind(target)?);
+            bindings.push(self.bind(target, goal.ban)?);
             self.finish(target)?;
         }
         Ok(bindings)
@@ -344,8 +370,9 @@ impl Steps<'_> {
 
     /// Interrupts and queues. Only now: many drivers request interrupts when the device is opened,
     /// and it was opened by being enslaved.
-    fn bind(&mut self, target: &Target) -> Result<Vec<Binding>> {
+    fn bind(&mut self, target: &Target, ban: bool) -> Result<Vec<Binding>> {
         let bindings = target.bindings(self.host)?;
+        self.ban(target, &bindings, ban)?;
         let wants = bindings
             .iter()
             .flat_map(|binding| binding.wants(self.host))
@@ -354,6 +381,26 @@ impl Steps<'_> {
             target.has(item.link()) && !matches!(item, Item::Up { .. } | Item::Master { .. })
         })?;
         Ok(bindings)
+    }
+
+    /// Before the interrupts are moved, irqbalance is told to leave them alone. A new one has
+    /// forgotten; interrupts that a slave no longer has are taken back.
+    fn ban(&mut self, target: &Target, bindings: &[Binding], ban: bool) -> Result<()> {
+        let bond = &target.bond.name;
+        let mut in_force = self.journal.in_force().into_iter();
+        let is_wanted = ban || in_force.any(|change| change.bond == *bond && is_ban(&change));
+        let wants = match is_wanted && irqbalance::running(self.host).is_some() {
+            false => Vec::new(),
+            true => bindings
+                .iter()
+                .flat_map(Binding::irqs)
+                .map(|irq| Want {
+                    item: Item::Ban { irq },
+                    value: BANNED.into(),
+                })
+                .collect(),
+        };
+        self.bring(bond, wants, |item| matches!(item, Item::Ban { .. }))
     }
 
     /// Addresses, and up.
@@ -479,6 +526,10 @@ impl Steps<'_> {
         made_up.push((change.item, change.after));
         Ok(())
     }
+}
+
+fn is_ban(change: &Change) -> bool {
+    matches!(change.item, Item::Ban { .. })
 }
 
 /// Take back what a failed apply has done, say how that went, and give back the error it failed

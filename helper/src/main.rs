@@ -21,7 +21,6 @@ mod man;
 mod module;
 mod netlink;
 mod options;
-#[cfg_attr(not(test), expect(dead_code, reason = "up and apply are to use it"))]
 mod rivals;
 mod run;
 mod settle;

@@ -82,11 +82,11 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Warn of the rivals of these slaves; fails if one breaks the binding and is neither allowed
-    /// nor dealt with.
-    pub fn check(self, host: &Host, slaves: &[String]) -> Result<()> {
+    /// Warn of the rivals of these slaves; fails if one breaks the binding and is not allowed.
+    /// With `ban`, irqbalance is about to be told.
+    pub fn check(self, host: &Host, slaves: &[String], ban: bool) -> Result<()> {
         let mut rivals = find(host, slaves);
-        rivals.retain(|rival| !(self.ban_irqbalance && rival.rival == IRQBALANCE));
+        rivals.retain(|rival| !(ban && rival.rival == IRQBALANCE));
         for rival in &rivals {
             if self.allow_rivals || rival.harm == Harm::Disturbs {
                 eprintln!("cpubond: warning: {rival}");
@@ -192,9 +192,11 @@ fn ini(text: &str) -> Vec<(String, String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config;
+    use crate::converge::Goal;
     use crate::error::Exit;
-    use crate::testing::{Fake, FakeIrqbalance};
-    use clap::Parser;
+    use crate::journal::{By, Journal};
+    use crate::testing::{Fake, FakeIrqbalance, FakeKernel, Moment, killed};
 
     /// eth0: queue interrupts 25 and 26, index 62, no RPS and no XPS.
     fn machine() -> (Fake, Vec<String>) {
@@ -238,25 +240,23 @@ mod tests {
             "{}",
             rivals[0]
         );
-        let error = Policy::default().check(&fake.host(), &slaves).unwrap_err();
+        let error = Policy::default()
+            .check(&fake.host(), &slaves, false)
+            .unwrap_err();
         assert_eq!(error.exit, Exit::Failed);
         assert!(error.to_string().contains("--ban-irqbalance"), "{error}");
-        for line in ["--allow-rivals", "--ban-irqbalance"] {
-            policy(line).check(&fake.host(), &slaves).unwrap();
-        }
+        let allow = Policy {
+            allow_rivals: true,
+            ..Policy::default()
+        };
+        allow.check(&fake.host(), &slaves, false).unwrap();
+        Policy::default()
+            .check(&fake.host(), &slaves, true)
+            .unwrap();
 
         // The configuration vector may move.
         running_with(&fake, [25, 26].into());
         assert_eq!(found(&fake, &slaves), [] as [String; 0]);
-    }
-
-    fn policy(line: &str) -> Policy {
-        #[derive(Parser)]
-        struct Line {
-            #[command(flatten)]
-            policy: Policy,
-        }
-        Line::try_parse_from(["up", line]).unwrap().policy
     }
 
     fn running_with(fake: &Fake, irqs: Irqs) {
@@ -413,5 +413,127 @@ mod tests {
                 .iter()
                 .all(|line| !line.starts_with("XPS"))
         );
+    }
+
+    /// One bond of eth0.
+    fn goal(fake: &Fake, kernel: &mut FakeKernel, journal: &Journal) -> Result<Goal> {
+        let mut bond = config::Bond::named("bond0");
+        bond.slaves = vec![config::Slave::named("eth0")];
+        Goal::new(&fake.host(), kernel, journal, &[bond], By::Apply)
+    }
+
+    /// `ban`: have irqbalance leave its interrupts alone. Says how many changes that took.
+    fn apply(fake: &Fake, kernel: &mut FakeKernel, ban: bool) -> Result<usize> {
+        let host = fake.host();
+        let mut journal = Journal::open(&host)?;
+        let mut goal = goal(fake, kernel, &journal)?;
+        let policy = Policy {
+            ban_irqbalance: ban,
+            ..Policy::default()
+        };
+        goal.mind_rivals(&host, &journal, policy)?;
+        journal.begin(&host, kernel, None)?;
+        let plan = goal.reach(&host, kernel, &mut journal, 0, &|| Ok(()))?;
+        journal.commit(&host)?;
+        Ok(plan.changes.len())
+    }
+
+    /// What "verify" finds to change; nobody says to it what to do about rivals.
+    fn drift(fake: &Fake, kernel: &mut FakeKernel) -> usize {
+        let journal = Journal::open(&fake.host()).unwrap();
+        let goal = goal(fake, kernel, &journal).unwrap();
+        let plan = goal.plan(&fake.host(), kernel, &journal).unwrap();
+        plan.changes.len()
+    }
+
+    fn undo(fake: &Fake, kernel: &mut FakeKernel) {
+        let undoing = Journal::open(&fake.host())
+            .unwrap()
+            .undo(&fake.host(), kernel, None);
+        assert!(
+            undoing.errors.is_empty() && undoing.left.is_empty(),
+            "{undoing:?}"
+        );
+    }
+
+    #[test]
+    fn a_ban_is_told_told_again_and_lifted() {
+        let (fake, _) = machine();
+        let mut kernel = FakeKernel::new(&fake);
+        let stub = FakeIrqbalance::start(&fake, 500, [7].into());
+        let error = apply(&fake, &mut kernel, false).unwrap_err();
+        assert!(
+            error.to_string().contains("moves interrupts 25,26"),
+            "{error}"
+        );
+        assert_eq!(kernel.writes, 0);
+        apply(&fake, &mut kernel, true).unwrap();
+        assert_eq!(stub.banned(), [7, 25, 26].into());
+        assert_eq!(apply(&fake, &mut kernel, true).unwrap(), 0);
+
+        // A new one has forgotten. That it was told is remembered.
+        stub.forget([7, 8].into());
+        assert_eq!(drift(&fake, &mut kernel), 2);
+        assert_eq!(apply(&fake, &mut kernel, false).unwrap(), 2);
+        assert_eq!(stub.banned(), [7, 8, 25, 26].into());
+
+        // Others add to the list and take from it.
+        stub.forget([8, 25, 40].into());
+        undo(&fake, &mut kernel);
+        assert_eq!(stub.banned(), [8, 40].into());
+    }
+
+    #[test]
+    fn interrupts_that_change_their_numbers_change_the_ban() {
+        let (fake, _) = machine();
+        let mut kernel = FakeKernel::new(&fake);
+        let stub = FakeIrqbalance::start(&fake, 500, [7].into());
+        apply(&fake, &mut kernel, true).unwrap();
+        // The NIC's device is that of the virtio device's parent.
+        let virtio = std::fs::canonicalize(fake.path("sys/class/net/eth0/device")).unwrap();
+        let msi = virtio.parent().unwrap().join("msi_irqs");
+        std::fs::rename(msi.join("26"), msi.join("36")).unwrap();
+        fake.file("sys/kernel/irq/36/actions", "virtio0-output.0\n");
+        fake.file("proc/irq/36/smp_affinity_list", "1\n");
+        fake.file("proc/irq/36/effective_affinity_list", "1\n");
+        apply(&fake, &mut kernel, false).unwrap();
+        assert_eq!(stub.banned(), [7, 25, 36].into());
+    }
+
+    #[test]
+    fn killed_at_any_write_undo_lifts_our_bans_only() {
+        for moment in [Moment::Before, Moment::After] {
+            let mut write = 0;
+            loop {
+                write += 1;
+                let (fake, _) = machine();
+                // 25 is somebody's already.
+                let stub = FakeIrqbalance::start(&fake, 500, [7, 25].into());
+                let mut doomed = FakeKernel {
+                    kill_at: Some((write, moment)),
+                    ..FakeKernel::new(&fake)
+                };
+                if !killed(|| drop(apply(&fake, &mut doomed, true))) {
+                    break;
+                }
+                undo(&fake, &mut FakeKernel::new(&fake));
+                assert_eq!(stub.banned(), [7, 25].into(), "{moment:?} write {write}");
+            }
+            assert!(write > 5, "only {write} writes");
+        }
+    }
+
+    #[test]
+    fn without_irqbalance_there_is_nothing_to_tell_nor_to_undo() {
+        let (fake, _) = machine();
+        let mut kernel = FakeKernel::new(&fake);
+        apply(&fake, &mut kernel, true).unwrap();
+        undo(&fake, &mut kernel);
+
+        let stub = FakeIrqbalance::start(&fake, 500, [].into());
+        apply(&fake, &mut kernel, true).unwrap();
+        drop(stub);
+        std::fs::remove_file(fake.path("proc/17/comm")).unwrap();
+        undo(&fake, &mut kernel);
     }
 }

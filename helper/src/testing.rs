@@ -5,6 +5,7 @@ use crate::cpulist::CpuSet;
 use crate::error::{Error, Result};
 use crate::host::{self, Host};
 use crate::link::Mac;
+use crate::rivals::irqbalance;
 use crate::{irq, link};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -400,6 +401,10 @@ impl Kernel for FakeKernel<'_> {
         Ok(self.permanent.get(link).copied())
     }
 
+    fn set_banned(&mut self, host: &Host, irqs: &BTreeSet<u32>) -> Result<()> {
+        self.count(|_| irqbalance::running(host).unwrap().set_banned(irqs))
+    }
+
     fn write(&mut self, path: &Path, value: &str) -> Result<()> {
         self.count(|kernel| {
             let _: String = host::read(path)?;
@@ -472,6 +477,11 @@ impl FakeIrqbalance {
 
     pub fn banned(&self) -> BTreeSet<u32> {
         self.state.lock().unwrap().banned.clone()
+    }
+
+    /// As a new one does, or at the word of somebody else.
+    pub fn forget(&self, banned: BTreeSet<u32>) {
+        self.state.lock().unwrap().banned = banned;
     }
 
     /// From now on, ban nothing else.

@@ -12,6 +12,7 @@ use crate::link;
 use crate::module;
 use crate::netlink::Rtnetlink;
 use crate::options::{Follow, HashPolicy, LacpRate, Mode};
+use crate::rivals;
 use crate::show;
 use crate::signals;
 use clap::Args;
@@ -28,8 +29,10 @@ use std::path::PathBuf;
         cpu_bound, the kernel then sends what a CPU has to send through that CPU's slave.\n\n\
         Missing modules are loaded first, and stay loaded. What is changed is written down in \
         /run/cpubond before it is changed; \"cpubond down\" restores it. If anything fails, all of \
-        it is taken back at once (exit code 5). Stop irqbalance first, or tell it to leave these \
-        interrupts alone: it would move them, and the map would follow.",
+        it is taken back at once (exit code 5).\n\n\
+        What else moves interrupts or takes packets to other CPUs is named, with what to do about \
+        it. It is refused while irqbalance runs and would move these interrupts: --ban-irqbalance \
+        has it leave them alone.",
     after_long_help = "Examples:\n  \
         Four NICs as one, to a switch with a static aggregate:\n    \
           cpubond up bond0 eth0 eth1 eth2 eth3 --address 192.0.2.10/24\n  \
@@ -78,6 +81,8 @@ pub struct Up {
     /// Seconds to wait for carrier, and for the kernel's map to show what was set up
     #[arg(long, value_name = "SECONDS", default_value_t = 2)]
     pub wait: u16,
+    #[command(flatten)]
+    pub rivals: rivals::Policy,
 }
 
 impl Up {
@@ -156,7 +161,9 @@ impl Up {
                 "choose another name, or \"ip link del {name}\" first"
             )));
         }
-        Goal::new(host, kernel, journal, &[bond], By::Up)
+        let mut goal = Goal::new(host, kernel, journal, &[bond], By::Up)?;
+        goal.mind_rivals(host, journal, self.rivals)?;
+        Ok(goal)
     }
 
     /// Make all changes, or take back those made.

@@ -55,22 +55,20 @@ pub fn running(host: &Host) -> Option<Irqbalance> {
 impl Irqbalance {
     /// The interrupts it leaves alone by command line or by command. Asked as root only.
     pub fn banned(&self) -> Result<Irqs> {
-        let answer = self.command("setup")?;
+        self.ask(Duration::ZERO)
+    }
+
+    /// The same of one that may have started just now and have no socket yet.
+    pub fn banned_soon(&self) -> Result<Irqs> {
+        self.ask(START)
+    }
+
+    fn ask(&self, wait: Duration) -> Result<Irqs> {
+        let answer = self.command("setup", wait)?;
         parse(&answer).ok_or_else(|| match answer.is_empty() {
             true => self.error("does not answer").fix("run as root"),
             false => self.error(format_args!("answers '{}'", answer.trim())),
         })
-    }
-
-    /// The same of one that may have started just now and has no socket yet.
-    pub fn banned_soon(&self) -> Result<Irqs> {
-        let start = Instant::now();
-        loop {
-            match self.banned() {
-                Err(_) if start.elapsed() < START => thread::sleep(Duration::from_millis(50)),
-                result => return result,
-            }
-        }
     }
 
     /// Have it leave these interrupts alone and no others. Read back.
@@ -91,7 +89,7 @@ impl Irqbalance {
                     list(irqs, ",")
                 )));
         }
-        self.command(&command)?;
+        self.command(&command, Duration::ZERO)?;
         let found = self.banned()?;
         match found == *irqs {
             true => Ok(()),
@@ -107,7 +105,7 @@ impl Irqbalance {
     /// kernel tells us as a connection that is reset rather than closed.
     fn reads(&self, length: usize) -> Result<bool> {
         let probe = format!("{:length$}", "setup");
-        let mut stream = self.send(&probe)?;
+        let mut stream = self.send(&probe, Duration::ZERO)?;
         let mut answer = String::new();
         match stream.read_to_string(&mut answer) {
             Ok(_) => Ok(parse(&answer).is_some()),
@@ -118,16 +116,30 @@ impl Irqbalance {
 
     /// Send a command, read the answer up to the end of the connection: when that comes, the
     /// command has been obeyed.
-    fn command(&self, command: &str) -> Result<String> {
+    fn command(&self, command: &str, wait: Duration) -> Result<String> {
         let mut answer = String::new();
-        self.send(command)?
+        self.send(command, wait)?
             .read_to_string(&mut answer)
             .map_err(|error| self.silent(&error))?;
         Ok(answer)
     }
 
-    fn send(&self, command: &str) -> Result<UnixStream> {
-        let stream = self.connect().map_err(|error| self.refused(&error))?;
+    /// `wait`: how long it may take until it listens.
+    fn send(&self, command: &str, wait: Duration) -> Result<UnixStream> {
+        let start = Instant::now();
+        let stream = loop {
+            use io::ErrorKind::{ConnectionRefused, NotFound};
+            match self.connect() {
+                Ok(stream) => break stream,
+                Err(error)
+                    if [NotFound, ConnectionRefused].contains(&error.kind())
+                        && start.elapsed() < wait =>
+                {
+                    thread::sleep(Duration::from_millis(50));
+                }
+                Err(error) => return Err(self.refused(&error)),
+            }
+        };
         let timeout = |result: io::Result<()>| result.map_err(|error| self.silent(&error));
         timeout(stream.set_read_timeout(Some(PATIENCE)))?;
         timeout(stream.set_write_timeout(Some(PATIENCE)))?;
