@@ -19,6 +19,7 @@ mod machine;
 mod shell;
 mod test;
 mod topology;
+mod traffic;
 mod wire;
 
 use std::process::ExitCode;
@@ -42,6 +43,9 @@ pub enum VmCommand {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// In a guest: traffic that counts what becomes of it
+    #[command(subcommand, hide = true)]
+    Traffic(traffic::TrafficCommand),
 }
 
 /// Run one, with what went wrong on one line.
@@ -52,6 +56,7 @@ pub fn run(command: &VmCommand) -> ExitCode {
         VmCommand::Shell(args) => shell::run(args),
         VmCommand::Agent => agent::run(),
         VmCommand::Call { args } => agent::call(args),
+        VmCommand::Traffic(command) => traffic::run(command),
     };
     result.unwrap_or_else(|error| {
         eprintln!("cpubond: error: {error:#}");
