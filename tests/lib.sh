@@ -39,7 +39,8 @@
 #
 # Before each test the harness puts both VMs back: no bond, bonding unloaded, all
 # cables in, all CPUs online, IRQ affinity spread over all, no RPS, no nft rules, no
-# daemons; then it makes the peer's bond. So a test need not clean up for the next.
+# network namespaces, no daemons; then it makes the peer's bond. So a test need not
+# clean up for the next.
 # VMs are shared by tests that want the same cpus, nics, queues and sockets.
 #
 # A case is a function run by ktap_run in a subshell under `set -e`, so any command

@@ -202,10 +202,14 @@ impl Lab {
 }
 
 impl Machines {
-    /// A pulled cable is out at both ends.
+    /// A pulled cable is out at both ends. Not at the same time, though: the server's is
+    /// the last to come back, so that it sends nothing into a cable that ends nowhere.
     fn set_link(&self, nic: u32, up: bool) -> Result<()> {
-        self.server.set_link(nic, up)?;
-        self.peer.set_link(nic, up)
+        let mut ends = [&self.server, &self.peer];
+        if up {
+            ends.reverse();
+        }
+        ends.into_iter().try_for_each(|end| end.set_link(nic, up))
     }
 }
 

@@ -1,12 +1,15 @@
 #!/bin/bash
-# The switch's end of the LAG: bond0 of the stock driver over all NICs, in the mode
-# given (`none`: the bare NICs, up), with addresses for eight clients.
+# The switch's end of the LAG: bond0 of the stock driver over all NICs, with addresses
+# for eight clients, in place of what there is.
+#
+#   peer.sh MODE [HASH]   bonding mode (`none`: the bare NICs, up) and xmit_hash_policy
 set -e
 
-mode=$1
+mode=$1 hash=${2:-layer3+4}
 
 # Takes and counts the datagrams of send_from: no answer goes back.
 nft -f - <<'NFT'
+flush ruleset
 table ip lab {
 	chain sink {
 		type filter hook input priority 0;
@@ -23,7 +26,8 @@ if [ "$mode" = none ]; then
 fi
 
 modprobe bonding max_bonds=0
-ip link add bond0 type bond mode "$mode" miimon 50 xmit_hash_policy layer3+4
+[ ! -e /sys/class/net/bond0 ] || ip link del bond0
+ip link add bond0 type bond mode "$mode" miimon 50 xmit_hash_policy "$hash"
 [ "$mode" != 802.3ad ] || echo fast >/sys/class/net/bond0/bonding/lacp_rate
 for dev in /sys/class/net/eth*; do
 	ip link set "${dev##*/}" down

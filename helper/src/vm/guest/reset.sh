@@ -3,7 +3,7 @@
 # known state. Fails when that cannot be done; the harness then boots a new one.
 
 rc=0
-pkill -x 'lighttpd|ab|iperf3|irqbalance|tcpdump|ping|strace'
+pkill -x 'lighttpd|ab|iperf3|irqbalance|tcpdump|ping|strace|traffic'
 
 for online in /sys/devices/system/cpu/cpu*/online; do
 	[ "$(<"$online")" = 1 ] || echo 1 >"$online" || rc=1
@@ -18,6 +18,7 @@ done
 rm -rf /run/cpubond
 nft flush ruleset 2>/dev/null
 
+ip -all netns delete
 for dev in /sys/class/net/*; do
 	dev=${dev##*/}
 	case $dev in
