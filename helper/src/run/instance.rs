@@ -34,6 +34,8 @@ pub struct Slot {
     pub drained: bool,
     /// Where it listens now.
     pub listens: Option<Instance>,
+    /// All sockets that listened on its port when its own were last looked for.
+    seen: BTreeSet<u64>,
     keeper: Option<Child>,
     logs: Vec<JoinHandle<()>>,
     started: Instant,
@@ -63,6 +65,7 @@ impl Slot {
             environment,
             drained: false,
             listens: None,
+            seen: BTreeSet::new(),
             keeper: None,
             logs: Vec::new(),
             started: Instant::now(),
@@ -211,16 +214,13 @@ impl Slot {
         others: impl Fn(&BTreeSet<u64>) -> Vec<u16>,
     ) -> Option<String> {
         let keeper = self.keeper()?;
-        if self.listens.as_ref().is_some_and(|instance| {
-            // All it had are there, and no process that could have opened others is asked.
-            instance
-                .sockets
-                .iter()
-                .all(|inode| listening.contains(inode))
-                && host.proc.join(instance.pid.to_string()).exists()
-        }) {
+        // A daemon opens its sockets one after the other: as long as none comes or goes on its
+        // port, no process is asked.
+        let there = |instance: &Instance| host.proc.join(instance.pid.to_string()).exists();
+        if self.seen == *listening && self.listens.as_ref().is_some_and(there) {
             return None;
         }
+        self.seen.clone_from(listening);
         let processes = listeners::descendants(host, keeper);
         self.listens = processes.iter().find_map(|&pid| {
             let held = listeners::sockets(host, pid);
