@@ -36,7 +36,8 @@ use supervisor::Supervisor;
         connections to --port there, by CPU. For any program. A firewall of yours sees the \
         daemon's port: let \"ct original proto-dst PORT\" in.\n  \
         sk_lookup  {port} as for nat. A BPF program finds the listener, nothing is rewritten. \
-        For any program; no conntrack needed.\n  \
+        For any program that listens by plain TCP; no conntrack needed. Not for UDP: replies would \
+        come from the daemon's own port.\n  \
         reuseport  {port} is --port itself; the program must set SO_REUSEPORT, on one socket for \
         each address (nginx: \"listen 80 reuseport\", \"worker_processes 1\"). \
         net.ipv4.tcp_migrate_req is set meanwhile, so that what a daemon that ends has not \
