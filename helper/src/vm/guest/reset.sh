@@ -30,6 +30,10 @@ for module in pktgen bond_cpu_bound bonding; do
 	[ ! -d "/sys/module/$module" ] || rmmod "$module" || rc=1
 done
 
+# What a `cpubond run` that was killed leaves of its steering.
+rm -rf /sys/fs/bpf/cpubond
+sysctl -qw net.ipv4.tcp_migrate_req=0
+
 # New NICs: addresses, IRQ affinity, queue counts, XPS and RPS as they were at boot.
 rmmod virtio_net && modprobe virtio_net || rc=1
 nics=$(grep -o 'cpubond.nics=[0-9]*' /proc/cmdline)
