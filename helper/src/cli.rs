@@ -1,13 +1,18 @@
 //! The command line: one variant a subcommand, one file a subcommand.
 
+use crate::apply::Apply;
 use crate::audit::Audit;
+use crate::confirm::Confirm;
 use crate::down::Down;
 use crate::error::Result;
 use crate::man::Pages;
+use crate::rollback::Rollback;
 use crate::run::{Keep, Run};
 use crate::show::Show;
 use crate::steer::SteerCommand;
+use crate::undo::Undo;
 use crate::up::Up;
+use crate::verify::Verify;
 use crate::vm::{self, VmCommand};
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
@@ -27,6 +32,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Apply(Apply),
+    Confirm(Confirm),
+    Rollback(Rollback),
+    Verify(Verify),
+    Undo(Undo),
     Up(Up),
     Show(Show),
     Audit(Audit),
@@ -45,6 +55,11 @@ enum Command {
 /// Parse the command line, run the subcommand, turn its result into an exit code.
 pub fn run() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Apply(apply) => return exit_with(apply.run()),
+        Command::Confirm(confirm) => confirm.run(),
+        Command::Rollback(rollback) => rollback.run(),
+        Command::Verify(verify) => return exit_with(verify.run()),
+        Command::Undo(undo) => undo.run(),
         Command::Up(up) => up.run(),
         Command::Show(show) => show.run(),
         Command::Audit(audit) => audit.run(),

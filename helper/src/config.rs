@@ -339,46 +339,45 @@ impl Slave {
         Ok(())
     }
 
-    /// The device's name now. Errors if there is none such, or more than one.
-    pub fn resolve(&self, host: &Host, kernel: &mut dyn Kernel) -> Result<String> {
-        let id = self.id();
-        let found: Vec<String> =
-            match id {
-                SlaveId::Name(name) => {
-                    return match link::exists(host, name) {
-                        true => Ok(name.to_string()),
-                        false => Err(Error::new(name, "no such network device")
-                            .fix("\"ip link\" lists them")),
-                    };
-                }
-                SlaveId::Mac(mac) => {
-                    let mut found = Vec::new();
-                    for name in host::names(&host.sys.join("class/net")) {
-                        // Two NICs of a bond have one address, but not one permanent address; what
-                        // is stacked on a NIC has none.
-                        if link::exists(host, &name) && kernel.permanent_mac(&name)? == Some(mac) {
-                            found.push(name);
-                        }
+    /// The device's name now; `None` if it is not there. Fails if more than one fits.
+    pub fn resolve(&self, host: &Host, kernel: &mut dyn Kernel) -> Result<Option<String>> {
+        let links = host::names(&host.sys.join("class/net")).into_iter();
+        let mut found: Vec<String> = match self.id() {
+            SlaveId::Name(name) => links.filter(|link| link == name).collect(),
+            SlaveId::Pci(pci) => links
+                .filter(|link| link::pci(host, link).as_deref() == Some(&pci.0))
+                .collect(),
+            SlaveId::Mac(mac) => {
+                let mut found = Vec::new();
+                // `bonding_masters` is no device. What is stacked on a NIC has no permanent
+                // address, and slaves of a bond have one address, but not one permanent address.
+                for link in links.filter(|link| link::index(host, link).is_some()) {
+                    if kernel.permanent_mac(&link)? == Some(mac) {
+                        found.push(link);
                     }
-                    found
                 }
-                SlaveId::Pci(pci) => host::names(&host.sys.join("class/net"))
-                    .into_iter()
-                    .filter(|name| link::pci(host, name).as_deref() == Some(&pci.0))
-                    .collect(),
-            };
-        match &found[..] {
-            [name] => Ok(name.clone()),
-            [] => Err(Error::new(id, "no network device is that").fix(match id {
-                SlaveId::Mac(_) => "\"ip -d link\" shows permanent addresses (permaddr, or link/ether if it is the same)",
-                _ => "\"ls -l /sys/class/net\" shows PCI devices",
-            })),
-            several => Err(Error::new(
-                id,
-                format_args!("more than one network device is that: {}", several.join(", ")),
+                found
+            }
+        };
+        match found.len() {
+            0 | 1 => Ok(found.pop()),
+            _ => Err(Error::new(
+                self.id(),
+                format_args!("more than one network device is that: {}", found.join(", ")),
             )
             .fix("use name")),
         }
+    }
+
+    /// The error for one that is not there.
+    pub fn missing(&self) -> Error {
+        Error::new(self.id(), "no such network device").fix(match self.id() {
+            SlaveId::Name(_) => "\"ip link\" lists them",
+            SlaveId::Mac(_) => {
+                "\"ip -d link\" shows permanent addresses (permaddr; link/ether if that is it)"
+            }
+            SlaveId::Pci(_) => "\"ls -l /sys/class/net\" shows PCI devices",
+        })
     }
 }
 
@@ -651,12 +650,20 @@ pub struct Resolved {
     pub slave: Slave,
 }
 
-/// The devices that a bond's slaves are now, in the same order; two that are one device are an
-/// error. What other bonds have is for the caller to see.
-pub fn resolve(host: &Host, kernel: &mut dyn Kernel, bond: &Bond) -> Result<Vec<Resolved>> {
+/// The devices that a bond's slaves are now, in the same order, and an error for each that is not
+/// there; two that are one device are an error. What other bonds have is for the caller to see.
+pub fn resolve(
+    host: &Host,
+    kernel: &mut dyn Kernel,
+    bond: &Bond,
+) -> Result<(Vec<Resolved>, Vec<Error>)> {
     let mut resolved: Vec<Resolved> = Vec::new();
+    let mut missing = Vec::new();
     for slave in &bond.slaves {
-        let link = slave.resolve(host, kernel)?;
+        let Some(link) = slave.resolve(host, kernel)? else {
+            missing.push(slave.missing());
+            continue;
+        };
         if let Some(other) = resolved.iter().find(|other| other.link == link) {
             return Err(Error::new(
                 format_args!("{}: {}", bond.name, slave.id()),
@@ -670,7 +677,7 @@ pub fn resolve(host: &Host, kernel: &mut dyn Kernel, bond: &Bond) -> Result<Vec<
             slave: slave.clone(),
         });
     }
-    Ok(resolved)
+    Ok((resolved, missing))
 }
 
 /// The file to use: what `--config` named, or the usual one.
@@ -949,9 +956,12 @@ command = ["lighttpd", "-D", "-f", "conf.{cpu}"]
                 "[[bond]]\nname = \"b\"\n[[bond.slave]]\nname = \"eth0\"\n[[bond.slave]]\n{slave}\n"
             );
             let config = parse(&text).unwrap();
-            resolve(&host, &mut kernel, &config.bonds[0])
-                .map(|slaves| slaves[1].link.clone())
-                .map_err(|error| error.to_string())
+            let (slaves, mut missing) =
+                resolve(&host, &mut kernel, &config.bonds[0]).map_err(|error| error.to_string())?;
+            match missing.pop() {
+                Some(error) => Err(error.to_string()),
+                None => Ok(slaves[1].link.clone()),
+            }
         };
         assert_eq!(find("name = \"eth1\"").unwrap(), "eth1");
         assert_eq!(find("mac = \"02:00:00:00:00:01\"").unwrap(), "eth1");

@@ -32,6 +32,8 @@ pub struct Goal {
     /// irqbalance is to leave the slaves' interrupts alone, if it runs. Of bonds for which it was
     /// told to before, it is in any case.
     pub ban: bool,
+    /// A line for each slave that is not there.
+    pub missing: Vec<Error>,
 }
 
 /// What it takes.
@@ -52,8 +54,18 @@ impl Goal {
         by: By,
     ) -> Result<Self> {
         let mut targets: Vec<Target> = Vec::new();
+        let mut missing = Vec::new();
         for bond in bonds {
-            let slaves = config::resolve(host, kernel, bond)?;
+            let (slaves, absent) = config::resolve(host, kernel, bond)?;
+            // A server is to come up without the one NIC that has died. What somebody types is
+            // meant as it is typed.
+            if slaves.is_empty() || by == By::Up {
+                if let Some(error) = absent.into_iter().next() {
+                    return Err(error);
+                }
+            } else {
+                missing.extend(absent);
+            }
             for slave in &slaves {
                 if let Some(other) = targets.iter().find(|other| other.has(&slave.link)) {
                     return Err(Error::new(
@@ -72,7 +84,8 @@ impl Goal {
         let goal = Self {
             targets,
             by,
-            ban: false,
+            ban: journal.in_force().iter().any(is_ban),
+            missing,
         };
         for target in &goal.targets {
             goal.check(host, kernel, journal, target)?;
@@ -108,23 +121,18 @@ impl Goal {
     }
 
     /// Warn of rivals, or refuse to go on beside them, as the policy says.
-    pub fn mind_rivals(
-        &mut self,
-        host: &Host,
-        journal: &Journal,
-        policy: rivals::Policy,
-    ) -> Result<()> {
+    pub fn mind_rivals(&mut self, host: &Host, policy: rivals::Policy) -> Result<()> {
         let slaves: Vec<String> = self
             .targets
             .iter()
             .flat_map(|target| &target.slaves)
             .map(|slave| slave.link.clone())
             .collect();
-        self.ban = policy.ban_irqbalance || journal.in_force().iter().any(is_ban);
+        self.ban |= policy.ban_irqbalance;
         policy.check(host, &slaves, self.ban)
     }
 
-    fn target(&self, bond: &str) -> Option<&Target> {
+    pub fn target(&self, bond: &str) -> Option<&Target> {
         self.targets.iter().find(|target| target.bond.name == bond)
     }
 
@@ -139,7 +147,6 @@ impl Goal {
     }
 
     /// What it takes to get there; writes nothing.
-    #[cfg_attr(not(test), expect(dead_code, reason = "apply is to use it"))]
     pub fn plan(&self, host: &Host, kernel: &mut dyn Kernel, journal: &Journal) -> Result<Plan> {
         let mut journal = journal.clone();
         journal.begin(host, kernel, None)?;
@@ -181,12 +188,14 @@ impl Goal {
         for (target, bindings) in self.targets.iter().zip(&bindings) {
             let bond = &target.bond;
             if plan.changes.iter().any(|change| change.bond == bond.name) {
-                Settle {
+                let settle = Settle {
                     bond,
                     bindings,
                     seconds,
+                };
+                for waiting in settle.wait(host, go_on)? {
+                    eprintln!("cpubond: warning: {waiting}");
                 }
-                .wait(host, go_on)?;
             }
         }
         Ok(plan)
@@ -194,7 +203,7 @@ impl Goal {
 }
 
 impl Target {
-    fn has(&self, link: &str) -> bool {
+    pub fn has(&self, link: &str) -> bool {
         self.slaves.iter().any(|slave| slave.link == link)
     }
 

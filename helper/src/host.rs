@@ -32,6 +32,19 @@ impl Host {
         self.sys.join("class/net").join(link)
     }
 
+    /// Milliseconds since boot, those asleep included.
+    pub fn uptime(&self) -> Result<u64> {
+        let path = self.proc.join("uptime");
+        let text = read(&path)?;
+        let seconds: Option<f64> = text
+            .split_whitespace()
+            .next()
+            .and_then(|seconds| seconds.parse().ok());
+        seconds
+            .map(|seconds| (seconds * 1000.0) as u64)
+            .ok_or_else(|| Error::new(path.display(), format_args!("'{text}' is no time")))
+    }
+
     /// `/proc/irq/IRQ`
     pub fn irq(&self, irq: u32) -> PathBuf {
         self.proc.join("irq").join(irq.to_string())

@@ -19,6 +19,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const SCHEMA: u32 = 2;
 
@@ -61,7 +62,9 @@ pub struct Pending {
     /// How many changes there were before it, and whose the bonds were.
     mark: usize,
     bonds: BTreeMap<String, By>,
-    /// When it is rolled back unless confirmed: seconds since boot; `None`: at once if it fails.
+    /// Which guard waits to roll it back.
+    pub guard: Option<u64>,
+    /// When it is rolled back unless confirmed, in milliseconds since boot.
     pub deadline: Option<u64>,
 }
 
@@ -149,13 +152,12 @@ impl Journal {
         Self::new(host)
     }
 
-    /// The journal to look at; writes nothing. `None` if nothing is in force.
-    #[cfg_attr(not(test), expect(dead_code, reason = "apply is to use it"))]
-    pub fn read(host: &Host) -> Result<Option<Self>> {
-        Ok(match Self::find(host)? {
-            Found::Journal(journal) => Some(journal),
-            Found::Nothing | Found::Stale => None,
-        })
+    /// The journal to look at, an empty one if nothing is in force; writes nothing.
+    pub fn read(host: &Host) -> Result<Self> {
+        match Self::find(host)? {
+            Found::Journal(journal) => Ok(journal),
+            Found::Nothing | Found::Stale => Self::new(host),
+        }
     }
 
     fn find(host: &Host) -> Result<Found> {
@@ -236,7 +238,7 @@ impl Journal {
         &mut self,
         host: &Host,
         kernel: &mut dyn Kernel,
-        deadline: Option<u64>,
+        guard: Option<u64>,
     ) -> Result<()> {
         // What was changed of devices that are gone is gone with them.
         let mut kept = Vec::new();
@@ -255,7 +257,8 @@ impl Journal {
             state: State::Applying,
             mark: self.changes.len(),
             bonds: self.bonds.clone(),
-            deadline,
+            guard,
+            deadline: None,
         });
         Ok(())
     }
@@ -311,9 +314,10 @@ impl Journal {
         self.save(host)
     }
 
-    /// The apply is made and waits to be confirmed until `deadline`.
-    #[expect(dead_code, reason = "apply is to use it")]
-    pub fn wait_for_confirmation(&mut self, host: &Host, deadline: u64) -> Result<()> {
+    /// The apply is made and waits to be confirmed for so long.
+    pub fn wait_for_confirmation(&mut self, host: &Host, time: Duration) -> Result<()> {
+        let time = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let deadline = host.uptime()?.saturating_add(time);
         if let Some(pending) = &mut self.pending {
             pending.state = State::Unconfirmed;
             pending.deadline = Some(deadline);
@@ -568,7 +572,6 @@ impl Lock {
     }
 
     /// Waits until no other process has it.
-    #[cfg_attr(not(test), expect(dead_code, reason = "apply is to use it"))]
     pub fn wait(host: &Host) -> Result<Self> {
         Self::flock(host, FlockOperation::LockExclusive)
     }
@@ -665,7 +668,7 @@ mod tests {
     fn a_journal_of_another_boot_is_dropped() {
         let fake = changed();
         fake.file("proc/sys/kernel/random/boot_id", "another\n");
-        assert_eq!(Journal::read(&fake.host()).unwrap(), None);
+        assert_eq!(Journal::read(&fake.host()).unwrap().changes, []);
         let mut kernel = FakeKernel::new(&fake);
         assert_eq!(undo(&fake, &mut kernel).restored, 0);
         assert_eq!(kernel.writes, 0);

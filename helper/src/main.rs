@@ -1,13 +1,14 @@
 //! `cpubond`: one CPU and one NIC for every flow, receive to transmit.
 
+mod apply;
 mod audit;
 mod bind;
 mod bond;
 mod change;
 mod check;
 mod cli;
-#[expect(dead_code, reason = "apply, plan and run are to use it")]
 mod config;
+mod confirm;
 mod converge;
 mod cpulist;
 mod down;
@@ -22,6 +23,7 @@ mod module;
 mod netlink;
 mod options;
 mod rivals;
+mod rollback;
 mod run;
 mod settle;
 mod shares;
@@ -31,7 +33,9 @@ mod steer;
 #[cfg(test)]
 mod testing;
 mod topology;
+mod undo;
 mod up;
+mod verify;
 mod vm;
 
 fn main() -> std::process::ExitCode {

@@ -431,7 +431,7 @@ mod tests {
             ban_irqbalance: ban,
             ..Policy::default()
         };
-        goal.mind_rivals(&host, &journal, policy)?;
+        goal.mind_rivals(&host, policy)?;
         journal.begin(&host, kernel, None)?;
         let plan = goal.reach(&host, kernel, &mut journal, 0, &|| Ok(()))?;
         journal.commit(&host)?;

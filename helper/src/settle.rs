@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::link;
 use crate::options::Mode;
+use std::fmt;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,12 +20,29 @@ pub struct Settle<'a> {
     pub seconds: u16,
 }
 
+/// A slave that the bond could not send by in the time waited.
+pub struct Unusable {
+    pub slave: String,
+    pub found: &'static str,
+    seconds: u16,
+}
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: {} after {} s; its CPUs send through other slaves until it is usable",
+            self.slave, self.found, self.seconds
+        )
+    }
+}
+
 impl Settle<'_> {
     /// Wait until the kernel shows what was set up. A slave without a link, one that LACP has not
-    /// let in yet, or an interrupt that will move when it next fires, is worth a warning (by
-    /// `report`); an interrupt that has moved, on a usable slave, and that the map does not follow
+    /// let in yet, or an interrupt that will move when it next fires, is worth a warning (the
+    /// first two are given back, `show` has the third); an interrupt that has moved, on a usable slave, and that the map does not follow
     /// is an error.
-    pub fn wait(&self, host: &Host, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
+    pub fn wait(&self, host: &Host, go_on: &dyn Fn() -> Result<()>) -> Result<Vec<Unusable>> {
         let bindings = self.bindings;
         let wait = Duration::from_secs(self.seconds.into());
         let start = Instant::now();
@@ -45,7 +63,7 @@ impl Settle<'_> {
             let pending = bindings.iter().any(|binding| binding.is_pending(host));
             let mismatch = self.map_mismatch(host, &expected);
             if waiting.is_empty() && !pending && mismatch.is_none() {
-                return Ok(());
+                return Ok(Vec::new());
             }
             // Not for ever, should something keep moving interrupts.
             let patience = if mismatch.is_some() {
@@ -60,18 +78,22 @@ impl Settle<'_> {
             if let Some(line) = mismatch {
                 return Err(Error::new(&self.bond.name, line));
             }
-            for Binding { slave, .. } in waiting {
-                eprintln!(
-                    "cpubond: warning: {slave}: {} after {} s; its CPUs send through other slaves until it is usable",
-                    match link::has_carrier(host, slave) {
-                        true => "not let into the aggregate",
-                        false => "no carrier",
-                    },
-                    self.seconds
-                );
-            }
-            return Ok(());
+            return Ok(self.unusable(host, &waiting));
         }
+    }
+
+    fn unusable(&self, host: &Host, waiting: &[&Binding]) -> Vec<Unusable> {
+        waiting
+            .iter()
+            .map(|binding| Unusable {
+                slave: binding.slave.clone(),
+                found: match link::has_carrier(host, &binding.slave) {
+                    true => "not let into the aggregate",
+                    false => "no carrier",
+                },
+                seconds: self.seconds,
+            })
+            .collect()
     }
 
     fn may_send(&self, host: &Host, slave: &str) -> bool {

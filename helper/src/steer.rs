@@ -507,7 +507,6 @@ pub struct Removed {
 }
 
 /// End every service there is, past errors. For `cpubond undo`.
-#[expect(dead_code, reason = "cpubond undo is to call it")]
 pub fn remove_all(host: &Host) -> Removed {
     let mut removed = Removed::default();
     for name in State::names(host) {

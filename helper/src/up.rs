@@ -162,7 +162,7 @@ impl Up {
             )));
         }
         let mut goal = Goal::new(host, kernel, journal, &[bond], By::Up)?;
-        goal.mind_rivals(host, journal, self.rivals)?;
+        goal.mind_rivals(host, self.rivals)?;
         Ok(goal)
     }
 

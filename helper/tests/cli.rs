@@ -34,6 +34,10 @@ fn usage_errors_exit_with_2() {
         "up bond0 eth0 --xmit-hash-policy layer2",
         "down",
         "down ../bond0",
+        "apply --rollback-after 0s",
+        "apply --rollback-after 60s --check",
+        "apply extra",
+        "undo bond0",
     ] {
         let (code, errors) = cpubond(arguments);
         assert_eq!(code, Some(2), "cpubond {arguments}: {errors}");
@@ -57,7 +61,9 @@ fn our_own_errors_are_one_line_with_the_fix() {
 
 #[test]
 fn help_has_examples() {
-    for subcommand in ["up", "show", "down"] {
+    for subcommand in [
+        "apply", "confirm", "rollback", "verify", "undo", "up", "show", "down",
+    ] {
         let output = Command::cargo_bin("cpubond")
             .expect("the binary is built with its tests")
             .args([subcommand, "--help"])
@@ -106,4 +112,26 @@ fn every_visible_subcommand_has_a_manual_page() {
             page.display()
         );
     }
+}
+
+#[test]
+fn a_config_error_has_file_line_key_and_what_is_allowed() {
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    std::io::Write::write_all(&mut file, b"[[bond]]\nname = \"bond0\"\nmode = \"lacp\"\n")
+        .expect("it can be written");
+    let path = file.path().display();
+    for arguments in ["apply --check", "apply", "verify"] {
+        let (code, errors) = cpubond(&format!("{arguments} --config {path}"));
+        assert_eq!(code, Some(2), "{errors}");
+        assert!(
+            errors.starts_with(&format!(
+                "cpubond: {path}:3: bond.mode: unknown variant `lacp`"
+            )) && errors.contains("`802.3ad`")
+                && errors.lines().count() == 1,
+            "{errors}"
+        );
+    }
+    let (code, errors) = cpubond("apply --config /nonexistent/c.toml");
+    assert_eq!(code, Some(1));
+    assert!(errors.contains("cpubond plan"), "{errors}");
 }
