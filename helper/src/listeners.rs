@@ -35,10 +35,14 @@ pub fn of_machine(protocol: Protocol) -> Result<BTreeMap<u16, BTreeSet<u64>>> {
         let replies = netlink
             .talk(SockDiagMessage::InetRequest(request), NLM_F_DUMP)
             .map_err(|refusal| {
-                refusal.at(
+                let error = refusal.at(
                     "sock_diag",
                     &format!("the {protocol} sockets cannot be listed"),
-                )
+                );
+                match refusal.errno {
+                    libc::ENOENT => error.fix(format_args!("\"modprobe {protocol}_diag\"")),
+                    _ => error,
+                }
             })?;
         for reply in replies {
             if let SockDiagMessage::InetResponse(socket) = reply {
@@ -78,8 +82,8 @@ pub fn descendants(host: &Host, pid: u32) -> Vec<u32> {
     found
 }
 
-/// Children are listed by the thread that made them.
-fn children(host: &Host, pid: u32) -> Vec<u32> {
+/// A process's children; the kernel lists them by the thread that made them.
+pub fn children(host: &Host, pid: u32) -> Vec<u32> {
     let tasks = host.proc.join(pid.to_string()).join("task");
     host::names(&tasks)
         .into_iter()

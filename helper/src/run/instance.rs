@@ -8,6 +8,7 @@ use crate::steer::{Daemon, Instance, Phase};
 use rustix::process::{Signal, kill_process};
 use std::collections::BTreeSet;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -141,7 +142,7 @@ impl Slot {
         }
         keeper.arg("--").args(&self.words);
         // A group of its own: Ctrl-C is for us, who stop it in order.
-        std::os::unix::process::CommandExt::process_group(&mut keeper, 0);
+        keeper.arg0("cpubond").process_group(0);
         let mut child = keeper
             .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())

@@ -177,7 +177,7 @@ fn prefer_memory_of(node: u32) -> Result<()> {
 }
 
 /// To all that descend from this process.
-pub fn signal_all(signal: Signal) {
+fn signal_all(signal: Signal) {
     for number in listeners::descendants(&Host::default(), std::process::id()) {
         if let Some(pid) = pid(number) {
             // One that has just ended needs no signal.
@@ -190,7 +190,7 @@ pub fn pid(number: u32) -> Option<Pid> {
     Pid::from_raw(number.cast_signed())
 }
 
-pub fn pid_number(pid: Pid) -> u32 {
+fn pid_number(pid: Pid) -> u32 {
     pid.as_raw_nonzero().get().cast_unsigned()
 }
 

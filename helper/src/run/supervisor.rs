@@ -4,7 +4,7 @@
 //! the kernel's table follows, requests are answered. Only the daemons' output has threads.
 
 use super::instance::Slot;
-use super::keeper::{pid, pid_number};
+use super::keeper::pid;
 use super::signals::Signals;
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -147,21 +147,19 @@ impl Supervisor<'_> {
     /// is left.
     fn reap_strays(&self, wait: bool) {
         let keepers: Vec<u32> = self.slots.iter().filter_map(Slot::keeper).collect();
-        let below_keepers: Vec<u32> = keepers
-            .iter()
-            .flat_map(|keeper| listeners::descendants(self.host, *keeper))
-            .collect();
-        let us = pid_number(getpid());
         loop {
-            let strays: Vec<u32> = listeners::descendants(self.host, us)
+            // Children only: what descends from a keeper is the keeper's, and may be new.
+            let strays: Vec<u32> = listeners::children(self.host, std::process::id())
                 .into_iter()
-                .filter(|pid| !keepers.contains(pid) && !below_keepers.contains(pid))
+                .filter(|child| !keepers.contains(child))
                 .collect();
-            for stray in strays.iter().filter_map(|stray| pid(*stray)) {
-                // Whichever way it is no more, the aim is reached; grandchildren are not ours to
-                // wait for until their parents are gone.
-                let _ = kill_process(stray, Signal::KILL);
-                let _ = waitpid(Some(stray), WaitOptions::NOHANG);
+            for stray in &strays {
+                for process in listeners::descendants(self.host, *stray) {
+                    kill(process);
+                }
+                kill(*stray);
+                // If it has not ended yet, the next round buries it.
+                let _ = pid(*stray).map(|stray| waitpid(Some(stray), WaitOptions::NOHANG));
             }
             if strays.is_empty() || !wait {
                 return;
@@ -331,5 +329,12 @@ impl Supervisor<'_> {
             .filter_map(|slot| slot.code)
             .find(|code| ![0, TERMINATED].contains(code))
             .unwrap_or(0))
+    }
+}
+
+fn kill(process: u32) {
+    if let Some(process) = pid(process) {
+        // One that has just ended needs no signal.
+        let _ = kill_process(process, Signal::KILL);
     }
 }
