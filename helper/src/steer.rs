@@ -5,10 +5,10 @@
 //! whenever a daemon comes, goes or drains. What it has set up is in the [`State`] file.
 
 mod bpf;
-mod conntrack;
 pub mod control;
 mod list;
 mod nat;
+mod netfilter;
 mod reuseport;
 mod sk_lookup;
 mod socket;
@@ -171,6 +171,13 @@ pub trait Steer {
         Ok(())
     }
 
+    /// Whether somebody else has changed what `route` made of `table`. Asked about once a second,
+    /// so it must cost little when nothing has.
+    fn is_disturbed(&mut self, service: &Service, table: &BTreeMap<u32, Instance>) -> Result<bool> {
+        let _ = (service, table);
+        Ok(false)
+    }
+
     /// Remove all traces; fine if there is none.
     fn remove(&mut self, service: &Service) -> Result<()>;
 
@@ -187,7 +194,7 @@ impl Method {
     /// Ready to steer, nothing changed yet.
     pub fn open(self, host: &Host) -> Result<Box<dyn Steer>> {
         Ok(match self {
-            Self::Nat => Box::new(nat::Nat),
+            Self::Nat => Box::<nat::Nat>::default(),
             Self::SkLookup => Box::new(sk_lookup::SkLookup::open(host)?),
             Self::Reuseport => Box::new(reuseport::Reuseport::open(host)),
         })

@@ -81,6 +81,7 @@ impl Supervisor<'_> {
             }
             self.start_due()?;
             self.look()?;
+            self.watch();
             self.follow();
             while let Some((request, asker)) = self.control.next() {
                 match request {
@@ -209,6 +210,24 @@ impl Supervisor<'_> {
             self.say(line);
         }
         Ok(())
+    }
+
+    /// See whether somebody else has changed the kernel's table.
+    fn watch(&mut self) {
+        if self.stale {
+            return;
+        }
+        match self
+            .steer
+            .is_disturbed(&self.state.service, &self.state.table)
+        {
+            Ok(false) => {}
+            Ok(true) => {
+                self.say("somebody has changed the steering; it is set up again");
+                self.stale = true;
+            }
+            Err(error) => self.say(error),
+        }
     }
 
     /// Make the state and the kernel's table what the daemons now are. An error is told and tried

@@ -73,11 +73,9 @@ pub fn run(host: &Host, name: Option<&str>, json: bool) -> Result<()> {
         None => Ok(()),
         Some(name) => Err(Error::new(
             format_args!("service {name}"),
-            "the kernel does not have what was set up (see its differences)",
+            "not everything is as it should be",
         )
-        .fix(format_args!(
-            "\"cpubond steer del {name}\", then \"cpubond run\" it again"
-        ))
+        .fix("see its warnings")
         .exit(Exit::Drift)),
     }
 }

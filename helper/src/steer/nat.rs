@@ -10,7 +10,7 @@
 //! next SYN, a second later, is then sent to another daemon, where the kernel's answer to this one
 //! would have been "connection refused".
 
-use super::{Instance, Service, Steer, conntrack};
+use super::{Instance, Service, Steer, netfilter};
 use crate::error::{Error, Exit, Result};
 use nftables::batch::Batch;
 use nftables::expr::{
@@ -30,7 +30,11 @@ const DSTNAT: i32 = -100;
 /// Before the `filter` chains of others: they see no flow that is dropped here.
 const BEFORE_FILTER: i32 = -1;
 
-pub struct Nat;
+#[derive(Default)]
+pub struct Nat {
+    /// Of the rules, when ours were last seen to be as they should be.
+    generation: Option<u32>,
+}
 
 impl Steer for Nat {
     fn route(&mut self, service: &Service, table: &BTreeMap<u32, Instance>) -> Result<()> {
@@ -41,7 +45,20 @@ impl Steer for Nat {
         for object in objects(service, table) {
             batch.add(object);
         }
+        self.generation = None;
         helper::apply_ruleset(&batch.to_nftables()).map_err(|error| failed(service, error))
+    }
+
+    /// A firewall that is reloaded flushes all tables, as a rule.
+    fn is_disturbed(&mut self, service: &Service, table: &BTreeMap<u32, Instance>) -> Result<bool> {
+        // Before the comparison: what changes meanwhile is seen the next time.
+        let generation = netfilter::generation()?;
+        if self.generation == Some(generation) {
+            return Ok(false);
+        }
+        let disturbed = !compare_own(objects_of(&current(service)?), service, table).is_empty();
+        self.generation = (!disturbed).then_some(generation);
+        Ok(disturbed)
     }
 
     fn remove(&mut self, service: &Service) -> Result<()> {
@@ -53,7 +70,7 @@ impl Steer for Nat {
     }
 
     fn forget(&mut self, service: &Service, instance: &Instance) -> Result<()> {
-        conntrack::forget(service.protocol, service.port, instance.port)
+        netfilter::forget(service.protocol, service.port, instance.port)
     }
 
     fn differences(
@@ -61,12 +78,25 @@ impl Steer for Nat {
         service: &Service,
         table: &BTreeMap<u32, Instance>,
     ) -> Result<Vec<String>> {
-        let ruleset = helper::get_current_ruleset_raw(DEFAULT_NFT, DEFAULT_ARGS)
-            .map_err(|error| failed(service, error))?;
-        let ruleset: Value = serde_json::from_str(&ruleset)
-            .map_err(|error| Error::new("nft", format_args!("answer not understood: {error}")))?;
-        Ok(compare(&ruleset, service, table))
+        let ruleset = current(service)?;
+        let listed = objects_of(&ruleset);
+        let mut lines = compare_own(listed, service, table);
+        lines.extend(rivals(listed, service));
+        Ok(lines)
     }
+}
+
+/// What `nft -j list ruleset` says.
+fn current(service: &Service) -> Result<Value> {
+    let ruleset = helper::get_current_ruleset_raw(DEFAULT_NFT, DEFAULT_ARGS)
+        .map_err(|error| failed(service, error))?;
+    serde_json::from_str(&ruleset)
+        .map_err(|error| Error::new("nft", format_args!("answer not understood: {error}")))
+}
+
+/// Its objects.
+fn objects_of(ruleset: &Value) -> &[Value] {
+    ruleset["nftables"].as_array().map_or(&[], Vec::as_slice)
 }
 
 fn name(service: &Service) -> Cow<'static, str> {
@@ -246,13 +276,13 @@ fn failed(service: &Service, error: NftablesError) -> Error {
     }
 }
 
-/// What the kernel's rules, as `nft -j list ruleset` has them, are not, and rules of others that
-/// take the same flows before ours do.
-fn compare(ruleset: &Value, service: &Service, table: &BTreeMap<u32, Instance>) -> Vec<String> {
+/// What of the service's table is missing, and what is there that should not be: a line each.
+fn compare_own(
+    listed: &[Value],
+    service: &Service,
+    table: &BTreeMap<u32, Instance>,
+) -> Vec<String> {
     let own = name(service);
-    let listed = ruleset["nftables"]
-        .as_array()
-        .map_or(&[][..], Vec::as_slice);
     let mut there: Vec<Value> = listed
         .iter()
         .filter(|object| of_table(object, &own))
@@ -273,12 +303,6 @@ fn compare(ruleset: &Value, service: &Service, table: &BTreeMap<u32, Instance>) 
             .iter()
             .map(|object| format!("nft table inet {own}: not of cpubond: {object}")),
     );
-    lines.extend(rivals(listed, service).into_iter().map(|rival| {
-        format!(
-            "{rival} also translates {} {}",
-            service.protocol, service.port
-        )
-    }));
     lines
 }
 
@@ -308,7 +332,7 @@ fn without_handles(object: &Value) -> Value {
     object
 }
 
-/// Rules of other tables that translate the service's port themselves: of two such rules the
+/// A line for each rule of other tables that translates the service's port: of two such rules the
 /// first that a packet meets wins.
 fn rivals(listed: &[Value], service: &Service) -> Vec<String> {
     let own = name(service);
@@ -337,11 +361,123 @@ fn rivals(listed: &[Value], service: &Service) -> Vec<String> {
         .map(|rule| {
             let word = |key: &str| rule[key].as_str().unwrap_or("?").to_string();
             format!(
-                "nft table {} {} chain {}",
+                "nft table {} {} chain {} also translates {} {}",
                 word("family"),
                 word("table"),
-                word("chain")
+                word("chain"),
+                service.protocol,
+                service.port
             )
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::steer::Protocol;
+    use serde_json::json;
+
+    fn service() -> Service {
+        Service {
+            name: "web".to_string(),
+            protocol: Protocol::Tcp,
+            port: 80,
+        }
+    }
+
+    fn table(ports: &[(u32, u16)]) -> BTreeMap<u32, Instance> {
+        ports
+            .iter()
+            .map(|(cpu, port)| {
+                let instance = Instance {
+                    cpu: *cpu,
+                    port: *port,
+                    pid: 1,
+                    sockets: vec![1],
+                };
+                (*cpu, instance)
+            })
+            .collect()
+    }
+
+    /// As `nft -j list ruleset` has it, handles and all.
+    fn listed(service: &Service, table: &BTreeMap<u32, Instance>) -> Vec<Value> {
+        std::iter::once(NfListObject::Table(own_table(service)))
+            .chain(objects(service, table))
+            .zip(1..)
+            .map(|(object, handle)| {
+                let mut object = serde_json::to_value(object).unwrap();
+                for (_, fields) in object.as_object_mut().unwrap() {
+                    fields["handle"] = handle.into();
+                }
+                object
+            })
+            .collect()
+    }
+
+    #[test]
+    fn says_what_nft_understands() {
+        let rule = serde_json::to_value(translate(&service(), &table(&[(0, 8000), (1, 8001)])));
+        assert_eq!(
+            rule.unwrap(),
+            json!([
+                {"match": {"op": "==", "right": "local",
+                    "left": {"fib": {"result": "type", "flags": ["daddr"]}}}},
+                {"match": {"op": "==", "right": 80,
+                    "left": {"payload": {"protocol": "tcp", "field": "dport"}}}},
+                {"dnat": {"port": {"map": {"key": {"meta": {"key": "cpu"}},
+                    "data": {"set": [[0, 8000], [1, 8001]]}}}}}
+            ])
+        );
+    }
+
+    #[test]
+    fn nobody_live_is_no_rule() {
+        let translated = |table: &BTreeMap<u32, Instance>| {
+            let text = serde_json::to_string(&listed(&service(), table)).unwrap();
+            text.matches("\"dnat\":").count()
+        };
+        assert_eq!(translated(&table(&[])), 0);
+        assert_eq!(translated(&table(&[(0, 8000)])), 2);
+    }
+
+    #[test]
+    fn tells_what_is_not_as_it_should_be() {
+        let wanted = table(&[(0, 8000), (1, 8001)]);
+        let differences = |objects: Vec<Value>| {
+            compare_own(&objects, &service(), &wanted).len() + rivals(&objects, &service()).len()
+        };
+        let good = listed(&service(), &wanted);
+        assert_eq!(differences(good.clone()), 0);
+        assert_eq!(differences(Vec::new()), good.len());
+        // Another table: what is there is wrong, what should be is missing, at both hooks.
+        assert_eq!(differences(listed(&service(), &table(&[(0, 8000)]))), 4);
+        let mut more = good.clone();
+        more.push(
+            json!({"rule": {"family": "inet", "table": "cpubond-web", "chain": "input",
+            "expr": [{"accept": null}]}}),
+        );
+        assert_eq!(differences(more), 1);
+        // Tables of others may hold what they like,
+        let mut others = good.clone();
+        others.push(json!({"table": {"family": "ip", "name": "cpubond-web"}}));
+        others.push(json!({"chain": {"family": "inet", "table": "mine", "name": "input"}}));
+        assert_eq!(differences(others), 0);
+        // but not translate the service's port.
+        let rival = |port: Value, verdict: Value| {
+            let mut objects = good.clone();
+            objects.push(
+                json!({"rule": {"family": "ip", "table": "nat", "chain": "pre",
+                "expr": [{"match": {"op": "==", "right": port,
+                    "left": {"payload": {"protocol": "tcp", "field": "dport"}}}}, verdict]}}),
+            );
+            differences(objects)
+        };
+        let redirect = json!({"redirect": {"port": 9}});
+        assert_eq!(rival(json!(80), redirect.clone()), 1);
+        assert_eq!(rival(json!({"set": [80, 443]}), redirect.clone()), 1);
+        assert_eq!(rival(json!(81), redirect), 0);
+        assert_eq!(rival(json!(80), json!({"accept": null})), 0);
+    }
 }
