@@ -4,6 +4,13 @@
 
 rc=0
 pkill -x 'lighttpd|ab|iperf3|irqbalance|tcpdump|ping|strace|traffic'
+# The agent has the same program name. What `cpubond run` keeps ends with it.
+pkill -KILL -f '^cpubond (run|vm echo|vm ask) '
+for _ in {1..100}; do
+	pgrep -f '^cpubond keep ' >/dev/null || break
+	sleep 0.1
+done
+pkill -KILL -f '^cpubond keep ' && rc=1
 
 for online in /sys/devices/system/cpu/cpu*/online; do
 	[ "$(<"$online")" = 1 ] || echo 1 >"$online" || rc=1
@@ -17,6 +24,7 @@ done
 # What `cpubond up` wrote down is about a bond that goes now.
 rm -rf /run/cpubond
 nft flush ruleset 2>/dev/null
+sysctl -qw net.ipv6.conf.lo.disable_ipv6=1
 
 ip -all netns delete
 for dev in /sys/class/net/*; do
