@@ -729,6 +729,21 @@ command = ["lighttpd", "-D", "-f", "conf.{cpu}"]
         Config::parse(Path::new("c.toml"), text)
     }
 
+    /// What the guide says is what the program reads.
+    #[test]
+    fn the_guide_shows_a_configuration() {
+        let guide = include_str!("../../docs/guide.md");
+        let blocks: Vec<&str> = guide
+            .split("```toml\n")
+            .skip(1)
+            .filter_map(|rest| rest.split("```").next())
+            .collect();
+        assert_eq!(blocks.len(), 1);
+        let config = Config::parse(Path::new("guide.md"), blocks[0]).unwrap();
+        assert_eq!(config.bonds[0].slaves.len(), 2);
+        assert_eq!(config.services[0].name, "web");
+    }
+
     #[test]
     fn reads_all_of_it() {
         let config = parse(FULL).unwrap();
