@@ -52,7 +52,12 @@ start() {
 	wait_for 30 live 4
 }
 
-live() { [ "$(cpubond steer list test -j | jq '[.services[].daemons[] | select(.phase == "live")] | length')" = "$1" ]; }
+# live COUNT: so many daemons are live, and the kernel has the table that says so. The
+# account is written first; until the table is there too, steer list fails.
+live() {
+	cpubond steer list test -j >"$DIR/list" &&
+		[ "$(jq '[.services[].daemons[] | select(.phase == "live")] | length' "$DIR/list")" = "$1" ]
+}
 takes() { cpubond steer list test -j | jq -r ".services[].daemons[] | select(.cpu == $1) | .takes"; }
 pid_of() { cpubond steer list test -j | jq -r ".services[].daemons[] | select(.cpu == $1) | .pid"; }
 
