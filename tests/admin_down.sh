@@ -19,9 +19,10 @@ down() {
 	leaves_by 1 eth1
 	start_traffic 0 1 2 3
 	ip link set eth1 down
-	wait_for 2 falls_back 1 eth1
+	wait_for 10 falls_back 1 eth1
 	sleep 0.5
 	stop_traffic
+	all_settled
 	open_sink
 	send 1 300 many
 	arrive 300
@@ -33,8 +34,8 @@ back() {
 	open_sink
 	start_traffic 0 2 3
 	ip link set eth1 up
-	wait_for 5 map_is 1 eth1 irq
-	wait_for 5 slave_up eth1
+	wait_for 10 map_is 1 eth1 irq
+	wait_for 10 slave_up eth1
 	sleep 0.5
 	stop_traffic
 	nothing_lost

@@ -19,7 +19,7 @@ cpus() {
 	local bad map
 	policy_up
 	echo 0-1 >"$CPUS"
-	wait_for 2 map_is 0 eth0 set
+	wait_for 10 map_is 0 eth0 set
 	map=$(cat "$BONDING/cpu_bound_map")
 	for bad in x 0-x 1- -1 3-1 0,x 0x1 4 0-4 99999 4294967296 99999999999999999999 "$(printf '0,%.0s' {1..1500})x"; do
 		check_fails put "$bad" "$CPUS"

@@ -19,9 +19,10 @@ lost() {
 	leaves_by 1 eth1
 	start_traffic 0 1 2 3
 	set_link eth1 off
-	wait_for 3 falls_back 1 eth1
+	wait_for 10 falls_back 1 eth1
 	sleep 0.5
 	stop_traffic
+	all_settled
 	note "CPU 1 falls back to: $(bond_map 1)"
 }
 
@@ -46,8 +47,8 @@ back() {
 	open_sink
 	start_traffic 0 2 3
 	set_link eth1 on
-	wait_for 5 map_is 1 eth1 irq
-	wait_for 5 slave_up eth1
+	wait_for 10 map_is 1 eth1 irq
+	wait_for 10 slave_up eth1
 	sleep 0.5
 	stop_traffic
 	nothing_lost
@@ -59,14 +60,14 @@ all_lost() {
 	for nic in eth0 eth1 eth2 eth3; do
 		set_link "$nic" off
 	done
-	wait_for 5 map_is 1 - any
+	wait_for 10 map_is 1 - any
 	send 1 10 || note "the kernel refuses to send, as it may"
 	for nic in eth0 eth1 eth2 eth3; do
 		set_link "$nic" on
 	done
-	wait_for 5 map_is 1 eth1 irq
-	wait_for 5 bond_ready
-	wait_for 5 slave_up eth1
+	wait_for 10 map_is 1 eth1 irq
+	wait_for 10 bond_ready
+	wait_for 10 slave_up eth1
 	leaves_by 1 eth1
 }
 

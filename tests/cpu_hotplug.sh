@@ -52,7 +52,7 @@ taken_over() {
 		note "$nic interrupts CPU $(irq_cpu "$nic" | tr '\n' ' ')"
 		check_match "CPUs that $nic interrupts" "$(irq_cpu "$nic" | tr -d '\n')" "^[0-2]+$"
 	done
-	wait_for 2 map_follows
+	wait_for 10 map_follows
 	falls_back 3
 	open_sink
 	send 0 200 many
@@ -66,10 +66,10 @@ online() {
 	sleep 1
 	stop_traffic
 	nothing_lost
-	map_follows
+	wait_for 10 map_follows
 	bind_irqs
-	wait_for 2 map_is 3 eth3 irq
-	wait_for 2 map_is 0 eth0 irq
+	wait_for 10 map_is 3 eth3 irq
+	wait_for 10 map_is 0 eth0 irq
 	leaves_by 3 eth3
 	leaves_by 0 eth0
 }

@@ -25,15 +25,15 @@ automatic() {
 by_hand() {
 	echo 2-3 >"$CPUS"
 	check_eq "cpus read back" "$(cat "$CPUS")" 2-3
-	wait_for 2 map_is 2 eth0 set
-	wait_for 2 map_is 3 eth0 set
+	wait_for 10 map_is 2 eth0 set
+	wait_for 10 map_is 3 eth0 set
 	leaves_by 2 eth0
 	leaves_by 3 eth0
 }
 
 # eth0 still interrupts CPU 0, which says nothing now.
 left() {
-	wait_for 2 falls_back 0
+	wait_for 10 falls_back 0
 	map_is 1 eth1 irq
 	leaves_by 1 eth1
 }
@@ -41,8 +41,8 @@ left() {
 given_back() {
 	echo >"$CPUS"
 	check_eq "cpus read back" "$(cat "$CPUS")" ""
-	wait_for 2 map_is 2 eth2 irq
-	wait_for 2 map_is 0 eth0 irq
+	wait_for 10 map_is 2 eth2 irq
+	wait_for 10 map_is 0 eth0 irq
 	leaves_by 2 eth2
 	leaves_by 0 eth0
 }
@@ -51,7 +51,7 @@ given_back() {
 overlap() {
 	echo 1 >"$CPUS"
 	echo 1 >"$SYS/eth3/bonding_slave/cpus"
-	wait_for 2 map_is 1 eth0,eth3 set
+	wait_for 10 map_is 1 eth0,eth3 set
 	spreads 1 200 eth0 eth3
 }
 

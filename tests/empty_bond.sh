@@ -34,9 +34,9 @@ first() {
 	bind_irq eth0 0
 	ip link set eth0 down
 	ip link set eth0 master "$BOND"
-	wait_for 5 map_is 0 eth0 irq
-	wait_for 5 bond_ready
-	wait_for 5 slave_up eth0
+	wait_for 10 map_is 0 eth0 irq
+	wait_for 10 bond_ready
+	wait_for 10 slave_up eth0
 	# The bond has taken the slave's address, and its neighbours were forgotten.
 	open_sink
 	leaves_by 0 eth0

@@ -17,8 +17,8 @@ up() {
 	bind_irq eth1 2
 	bond_up cpu_bound eth0 eth1
 	open_sink
-	wait_for 5 map_is 0 eth0 irq
-	wait_for 5 map_is 2 eth1 irq
+	wait_for 10 map_is 0 eth0 irq
+	wait_for 10 map_is 2 eth1 irq
 	all_up
 }
 

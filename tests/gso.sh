@@ -36,7 +36,7 @@ offloads() {
 	bond_up cpu_bound
 	all_up
 	for cpu in 0 1 2 3; do
-		wait_for 5 map_is "$cpu" "eth$((cpu / 2))" irq
+		wait_for 10 map_is "$cpu" "eth$((cpu / 2))" irq
 	done
 	for dev in "$BOND" eth0 eth1; do
 		check_match "offloads of $dev" "$(ethtool -k "$dev")" "generic-segmentation-offload: on"

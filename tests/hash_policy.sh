@@ -37,7 +37,7 @@ back() {
 	open_sink
 	start_traffic 0 1 2 3
 	echo cpu_bound >"$HASH"
-	wait_for 2 has_slave 1 eth1 irq
+	wait_for 10 has_slave 1 eth1 irq
 	sleep 1
 	stop_traffic
 	nothing_lost

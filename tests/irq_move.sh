@@ -75,8 +75,8 @@ moved() {
 
 gather() {
 	bind_irq eth3 0
-	wait_for 2 map_is 0 eth0,eth3 irq
-	wait_for 2 falls_back 3
+	wait_for 10 map_is 0 eth0,eth3 irq
+	wait_for 10 falls_back 3
 	spreads 0 200 eth0 eth3
 }
 

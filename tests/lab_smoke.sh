@@ -34,12 +34,12 @@ traffic() {
 
 carrier() {
 	set_link eth1 off
-	wait_for 5 grep -q '^0$' "$SYS/eth1/carrier"
-	wait_for 5 grep -q down "$SYS/eth1/bonding_slave/mii_status"
+	wait_for 10 grep -q '^0$' "$SYS/eth1/carrier"
+	wait_for 10 grep -q down "$SYS/eth1/bonding_slave/mii_status"
 	peer_do 'for i in {1..50}; do grep -q ^0 /sys/class/net/eth1/carrier && exit 0; sleep 0.1; done; exit 1'
 	ping -q -c 5 -i 0.05 -W 2 "$PEER_IP"
 	set_link eth1 on
-	wait_for 5 grep -q up "$SYS/eth1/bonding_slave/mii_status"
+	wait_for 10 grep -q up "$SYS/eth1/bonding_slave/mii_status"
 }
 
 counted_by_cpu() {

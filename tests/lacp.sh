@@ -31,7 +31,7 @@ out_of_aggregate() {
 	arrive 300
 	peer_do "ip link set eth1 down; ip link set eth1 master $BOND"
 	wait_for 30 map_is 1 eth1 irq
-	wait_for 5 slave_up eth1
+	wait_for 10 slave_up eth1
 	leaves_by 1 eth1
 }
 

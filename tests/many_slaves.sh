@@ -19,8 +19,8 @@ up() {
 	done
 	bond_up cpu_bound
 	open_sink
-	wait_for 5 map_is 0 eth0,eth2 irq
-	wait_for 5 map_is 1 eth1,eth3 irq
+	wait_for 10 map_is 0 eth0,eth2 irq
+	wait_for 10 map_is 1 eth1,eth3 irq
 	all_up
 }
 
@@ -38,11 +38,11 @@ one_flow() {
 
 half() {
 	ip link set eth2 down
-	wait_for 2 map_is 0 eth0 irq
+	wait_for 10 map_is 0 eth0 irq
 	leaves_by 0 eth0
 	ip link set eth2 up
-	wait_for 5 map_is 0 eth0,eth2 irq
-	wait_for 5 slave_up eth2
+	wait_for 10 map_is 0 eth0,eth2 irq
+	wait_for 10 slave_up eth2
 	spreads 0 200 eth0 eth2
 }
 

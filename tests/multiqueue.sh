@@ -61,7 +61,7 @@ share() {
 		first=2
 	done
 	for cpu in 0 1 2 3; do
-		wait_for 5 map_is "$cpu" "eth$((cpu / 2))" irq
+		wait_for 10 map_is "$cpu" "eth$((cpu / 2))" irq
 	done
 	all_up
 }
@@ -83,7 +83,7 @@ everywhere() {
 		done
 	done
 	for cpu in 0 1 2 3; do
-		wait_for 3 map_is "$cpu" eth0,eth1 irq
+		wait_for 10 map_is "$cpu" eth0,eth1 irq
 		spreads "$cpu" 200 eth0 eth1
 		queues_of "$cpu" 100 many | while read -r nic queue got; do
 			check_eq "queue of $nic for CPU $cpu" "$queue" "$cpu"

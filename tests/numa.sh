@@ -17,8 +17,8 @@ up() {
 	bind_irq eth1 2
 	bond_up cpu_bound eth0 eth1
 	open_sink
-	wait_for 5 map_is 0 eth0 irq
-	wait_for 5 map_is 2 eth1 irq
+	wait_for 10 map_is 0 eth0 irq
+	wait_for 10 map_is 2 eth1 irq
 	all_up
 }
 
@@ -33,7 +33,7 @@ nearest() {
 # With the slave of its socket gone, the other is better than none.
 far() {
 	ip link set eth0 down
-	wait_for 2 map_is 1 eth1
+	wait_for 10 map_is 1 eth1
 	check_match "map of CPU 1" "$(bond_map 1)" "^eth1 (node|any)$"
 	spreads 1 200 eth1
 }

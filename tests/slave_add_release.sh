@@ -27,8 +27,8 @@ add() {
 	start_traffic 0 1 2
 	ip link set eth3 down
 	ip link set eth3 master "$BOND"
-	wait_for 5 map_is 3 eth3 irq
-	wait_for 5 slave_up eth3
+	wait_for 10 map_is 3 eth3 irq
+	wait_for 10 slave_up eth3
 	sleep 0.5
 	stop_traffic
 	nothing_lost
@@ -41,6 +41,7 @@ release() {
 	falls_back 3 eth3
 	sleep 0.5
 	stop_traffic
+	all_settled
 	# What was in the slave's own ring is lost with it, but nothing after that.
 	open_sink
 	send 3 300 many
@@ -60,9 +61,9 @@ again_and_again() {
 	done
 	stop_traffic
 	check_ge "packets sent meanwhile" "$SENT" 100
-	wait_for 5 map_is 0 eth0 irq
-	wait_for 5 slave_up eth0
-	wait_for 5 falls_back 3 eth3
+	wait_for 10 map_is 0 eth0 irq
+	wait_for 10 slave_up eth0
+	wait_for 10 falls_back 3 eth3
 	leaves_by 0 eth0
 }
 

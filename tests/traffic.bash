@@ -23,7 +23,7 @@ policy_up() {
 	all_up
 	for nic in $(slaves); do
 		cpu=${nic#eth}
-		[ "$cpu" -ge "$(nproc --all)" ] || wait_for 3 has_slave "$cpu" "$nic" irq
+		[ "$cpu" -ge "$(nproc --all)" ] || wait_for 10 has_slave "$cpu" "$nic" irq
 	done
 }
 
@@ -207,6 +207,16 @@ stop_traffic() {
 	touch "$TRAFFIC/stop"
 	wait
 	SENT=$(cat "$TRAFFIC"/sent.* | awk '{ n += $1 } END { print n + 0 }')
+}
+
+# all_settled: of traffic that may have lost some, nothing is on its way any more.
+all_settled() {
+	local got last=-1
+	got=$(received)
+	while [ "$got" != "$last" ]; do
+		sleep 0.2
+		last=$got got=$(received)
+	done
 }
 
 # nothing_lost: what start_traffic sent since open_sink has arrived.
