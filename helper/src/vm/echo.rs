@@ -102,11 +102,14 @@ struct Report {
     /// No connection, or no answer, in time.
     silent: u32,
     longest_ms: u64,
+    /// When the last of those that were not answered was given up, since the start.
+    unanswered_until_ms: u64,
 }
 
 /// What the askers share.
 struct Tally {
     report: Mutex<Report>,
+    start: Instant,
     asked: AtomicU32,
     failed: AtomicBool,
 }
@@ -126,6 +129,7 @@ impl Ask {
                 schema: 1,
                 ..Report::default()
             }),
+            start: Instant::now(),
             asked: AtomicU32::new(0),
             failed: AtomicBool::new(false),
         };
@@ -225,10 +229,12 @@ impl Ask {
 impl Tally {
     fn count(&self, outcome: Outcome, took: Duration) {
         let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         report.asked += 1;
-        report.longest_ms = report
-            .longest_ms
-            .max(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
+        report.longest_ms = report.longest_ms.max(ms(took));
+        if !matches!(outcome, Outcome::Answer(_)) {
+            report.unanswered_until_ms = ms(self.start.elapsed());
+        }
         match outcome {
             Outcome::Answer(line) => *report.answers.entry(line).or_default() += 1,
             Outcome::Refused => report.refused += 1,
