@@ -114,12 +114,13 @@ flows() {
 		 (group_by(.flow) | map(select(map(.link) | unique | length > 1)) | length)] | join(" ")'
 }
 
-# bulk FROM TO CPULIST SECONDS: one TCP stream from server or peer (FROM) to address TO
-# of the other, by a thread that changes CPU every 10 ms. Tells in $SENT_JSON and
-# $DRAINED_JSON what both ends say; all bytes must have come.
+# bulk FROM TO CPULIST SECONDS [ARG...]: one TCP stream from server or peer (FROM) to
+# address TO of the other, by a thread that changes CPU every 10 ms; more arguments are
+# those of `vm traffic bulk`. Tells in $SENT_JSON and $DRAINED_JSON what both ends say;
+# all bytes must have come.
 bulk() {
 	local drain="cpubond vm traffic drain --at $2:$PORT"
-	local send="cpubond vm traffic bulk --to $2:$PORT --cpus $3 --seconds $4"
+	local send="cpubond vm traffic bulk --to $2:$PORT --cpus $3 --seconds $4 ${*:5}"
 	local listening="ss -Hltn sport = :$PORT | grep -q ." out
 	out=$(mktemp)
 	if [ "$1" = server ]; then

@@ -34,6 +34,13 @@ pub struct Bulk {
     /// Time on each
     #[arg(long, default_value_t = 10, value_name = "MS")]
     hop_ms: u64,
+    /// Bytes of a write
+    #[arg(long, default_value_t = 1 << 14, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    size: u32,
+    /// Writes a second: few enough, and the thread that writes is the one that transmits; else
+    /// it is whatever CPU takes the acknowledgements (default: all that the connection takes)
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    rate: Option<u32>,
 }
 
 /// What `bulk` prints.
@@ -55,6 +62,7 @@ impl Bulk {
             TcpStream::connect(self.to).with_context(|| format!("{}: cannot connect", self.to))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_nodelay(self.rate.is_some())?;
         let sender = rustix::thread::gettid();
         let done = AtomicBool::new(false);
         let (bytes, hops) = thread::scope(|scope| {
@@ -84,12 +92,19 @@ impl Bulk {
     }
 
     fn send(&self, stream: &mut TcpStream) -> Result<u64> {
-        let piece = [0; 1 << 14];
-        let end = Instant::now() + Duration::from_secs(self.seconds);
+        let piece = vec![0; usize::try_from(self.size)?];
+        let pause = self.rate.map(|rate| Duration::from_secs(1) / rate);
+        let mut due = Instant::now();
+        let end = due + Duration::from_secs(self.seconds);
         let mut bytes = 0;
         while Instant::now() < end {
             stream.write_all(&piece)?;
             bytes += piece.len() as u64;
+            if let Some(pause) = pause {
+                // Time that the host took from us is not made up for with a burst.
+                due = (due + pause).max(Instant::now());
+                thread::sleep(due.saturating_duration_since(Instant::now()));
+            }
         }
         Ok(bytes)
     }
