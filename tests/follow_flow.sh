@@ -22,22 +22,11 @@ SECONDS_SENT=4
 SIZE=1400 RATE=1000
 FOLLOW=$SYS/$BOND/bonding/cpu_bound_follow
 
-# heard: each NIC has received some since its interrupts were bound.
-heard() {
-	local nic
-	peer_do "for i in {1..8}; do ping -q -c 1 -W 1 $SERVER_IP; done"
-	for nic in $(nics); do
-		[ "$(rx_packets "$nic")" -ge 3 ] || return 1
-	done
-}
-
 # Links of unequal length: what changes to a shorter one overtakes, without any luck.
 up() {
 	local k
 	policy_up
-	# An interrupt moves when it next occurs, on the CPU that it leaves: the first frame
-	# that a NIC receives tells the wrong CPU.
-	wait_for 30 heard
+	wait_for 30 irqs_moved
 	for k in 1 2 3; do
 		tc qdisc replace dev "eth$k" root netem delay "$((10 * k))ms"
 	done

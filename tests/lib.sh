@@ -231,6 +231,17 @@ bind_irqs() {
 	done
 }
 
+# irqs_moved: for wait_for, by those who say where packets are received. An interrupt that
+# was bound moves when it next occurs, on the CPU that it leaves; so the peer has each
+# NIC receive something first.
+irqs_moved() {
+	local nic
+	peer_do "for i in {1..8}; do ping -q -c 1 -W 1 $SERVER_IP; done"
+	for nic in $(nics); do
+		[ "$(rx_packets "$nic")" -ge 3 ] || return 1
+	done
+}
+
 # --- traffic and counters --------------------------------------------------
 
 # send_from CPU COUNT: COUNT small UDP datagrams to the peer, each one frame, by a

@@ -77,6 +77,7 @@ setup() {
 		wait_for 10 ping -q -c 1 -W 1 "10.0.0.$last"
 		wait_for 10 ping -q -c 1 -W 1 "fd00::$last"
 	done
+	wait_for 30 irqs_moved
 	# A rule of somebody else's, which is to survive.
 	nft 'add table inet mine; add chain inet mine in { type filter hook input priority 0; }; add rule inet mine in tcp dport 4242 drop'
 }
