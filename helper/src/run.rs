@@ -34,7 +34,8 @@ use supervisor::Supervisor;
         descendants, and must listen on {port}:\n\n  \
         nat        {port} is a port of its own, --base-port plus the CPU. nftables sends \
         connections to --port there, by CPU. For any program. A firewall of yours sees the \
-        daemon's port: let \"ct original proto-dst PORT\" in.\n  \
+        daemon's port: let \"ct original proto-dst PORT\" in. Connection tracking remembers each \
+        for two minutes: net.netfilter.nf_conntrack_max has to have room for as many.\n  \
         sk_lookup  {port} as for nat. A BPF program finds the listener, nothing is rewritten. \
         For any program that listens by plain TCP; no conntrack needed. Not for UDP: replies would \
         come from the daemon's own port.\n  \
