@@ -40,8 +40,8 @@ const SETTLED: Duration = Duration::from_secs(5);
           tx   every packet was sent by the CPU of rx, through a slave bound to it\n  \
           all  all three\n\
         Bound is what the bond's cpu_bound_map says (reasons set and irq); where the bond has no \
-        such policy, where the slave's queue interrupts go. A hop of which nothing was seen is not \
-        local. Received is on the CPU that RPS chose, sent is when the driver takes the packet.\n\n\
+        such policy, and for a NIC that is named by itself, where its queue interrupts go. A hop of \
+        which nothing was seen is not local. Received is on the CPU that RPS chose, sent is when the driver takes the packet.\n\n\
         Reasons:\n  \
           rx_rps              RPS moved packets to another CPU\n  \
           rx_other_slave      received on a CPU that the slave is not bound to\n  \
@@ -71,13 +71,15 @@ const SETTLED: Duration = Duration::from_secs(5);
           cpubond audit\n  \
         A minute of the web server, the 50 worst flows, as JSON:\n    \
           cpubond audit bond0 -d 1m --port 80 --flows 50 -j\n  \
+        A NIC that is in no bond, for comparison:\n    \
+          cpubond audit eth0\n  \
         For as long as a load runs:\n    \
           cpubond audit -d 10m -j >audit.json & load; kill -INT $!; wait\n  \
         Which kernel functions send on foreign CPUs:\n    \
           cpubond audit --stacks"
 )]
 pub struct Audit {
-    /// The bonds to watch [default: all]
+    /// The bonds to watch, or single NICs [default: all bonds]
     #[arg(value_name = "BOND")]
     pub bonds: Vec<String>,
     /// How long to watch, such as 500ms, 10s or 5m
@@ -192,8 +194,10 @@ impl Audit {
     fn watched(&self, host: &Host) -> Result<Vec<String>> {
         let all = bond::all(host);
         for bond in &self.bonds {
-            if !all.contains(bond) {
-                return Err(Error::new(bond, "no such bond").fix("\"cpubond show\" lists them"));
+            if !all.contains(bond) && !link::exists(host, bond) {
+                return Err(
+                    Error::new(bond, "no such bond or NIC").fix("\"cpubond show\" lists bonds")
+                );
             }
         }
         match (self.bonds.is_empty(), all.is_empty()) {
@@ -350,8 +354,12 @@ impl Machine {
 }
 
 impl Bond {
+    /// A NIC by itself is as a bond of it alone.
     fn read(host: &Host, name: &str) -> Self {
-        let slaves = bond::slaves(host, name);
+        let slaves = match bond::all(host).iter().any(|bond| bond == name) {
+            true => bond::slaves(host, name),
+            false => vec![name.to_string()],
+        };
         let map = bond::map(host, name).filter(|map| !map.is_empty());
         let (source, cpus) = match map {
             Some(map) => (
@@ -495,5 +503,18 @@ mod tests {
             machine.binding.bound,
             [(0, [3].into()), (1, [2, 3].into())].into()
         );
+    }
+
+    #[test]
+    fn a_nic_is_watched_by_itself() {
+        let fake = machine();
+        fake.file("proc/irq/25/effective_affinity_list", "1\n");
+        let machine = Machine::read(&fake.host(), &["eth0".to_string()]);
+        assert_eq!(machine.indexes(), [2].into());
+        assert_eq!(machine.binding.bound, [(1, [2].into())].into());
+        assert!(machine.bonds[0].mode.is_none());
+        // One that is gone has nothing to watch.
+        let machine = Machine::read(&fake.host(), &["eth7".to_string()]);
+        assert!(machine.indexes().is_empty());
     }
 }
