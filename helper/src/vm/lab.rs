@@ -163,8 +163,8 @@ impl Lab {
         self.dir.path().join(format!("{}.shell", role.name()))
     }
 
-    /// Put both machines back to what they were after boot, then make the peer's
-    /// bond.
+    /// Put both machines back to what they were after boot, then make the peer's bond: a
+    /// mode, and what may follow it in the arguments of `peer.sh`.
     pub fn reset(&self, peer_mode: &str) -> Result<()> {
         for nic in 0..self.topology.nics {
             self.machines.set_link(nic, true)?;

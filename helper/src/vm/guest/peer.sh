@@ -1,11 +1,15 @@
 #!/bin/bash
-# The switch's end of the LAG: bond0 of the stock driver over all NICs, with addresses
-# for eight clients, in place of what there is.
+# The switch's end of the LAG: bond0 of the stock driver, with addresses for eight
+# clients, in place of what there is.
 #
-#   peer.sh MODE [HASH]   bonding mode (`none`: the bare NICs, up) and xmit_hash_policy
+#   peer.sh MODE [HASH [COUNT]]   bonding mode (`none`: the bare NICs, up),
+#                                 xmit_hash_policy, and over how many of the NICs (all)
 set -e
+shopt -s nullglob
 
 mode=$1 hash=${2:-layer3+4}
+nics=(/sys/class/net/eth?{,?})
+nics=("${nics[@]:0:${3:-${#nics[@]}}}")
 
 # Takes and counts the datagrams of send_from: no answer goes back.
 nft -f - <<'NFT'
@@ -19,7 +23,7 @@ table ip lab {
 NFT
 
 if [ "$mode" = none ]; then
-	for dev in /sys/class/net/eth*; do
+	for dev in "${nics[@]}"; do
 		ip link set "${dev##*/}" up
 	done
 	exit 0
@@ -29,7 +33,7 @@ modprobe bonding max_bonds=0
 [ ! -e /sys/class/net/bond0 ] || ip link del bond0
 ip link add bond0 type bond mode "$mode" miimon 50 xmit_hash_policy "$hash"
 [ "$mode" != 802.3ad ] || echo fast >/sys/class/net/bond0/bonding/lacp_rate
-for dev in /sys/class/net/eth*; do
+for dev in "${nics[@]}"; do
 	ip link set "${dev##*/}" down
 	ip link set "${dev##*/}" master bond0
 done
