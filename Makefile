@@ -1,7 +1,7 @@
 # Everything from a bare Debian with cargo and apt: each target makes what it needs.
 # Big downloads and built trees are cached in ${XDG_CACHE_HOME:-~/.cache}/cpubond.
 #
-#   make demo     real TCP load over cpu_bound and balance-rr, side by side
+#   make demo     the paper's system under real TCP load, beside the usual one
 #   make test     all tests, on this host and in the lab
 #   make modules  bonding.ko and bond_cpu_bound.ko into target/modules (KDIR=, KSRC=)
 #   make helper   the static binary `cpubond`

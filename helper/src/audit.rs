@@ -4,6 +4,8 @@
 mod judge;
 mod probe;
 mod report;
+#[cfg(test)]
+pub mod testing;
 
 use crate::bond;
 use crate::cpulist::CpuSet;

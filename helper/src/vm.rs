@@ -9,6 +9,7 @@
 //! ```
 
 mod agent;
+mod clients;
 mod console;
 mod demo;
 mod echo;
@@ -17,6 +18,7 @@ mod image;
 mod ktap;
 mod lab;
 mod machine;
+mod setup;
 mod shell;
 mod test;
 mod topology;
@@ -30,7 +32,7 @@ use std::process::ExitCode;
 pub enum VmCommand {
     /// Run guest tests
     Test(test::Args),
-    /// Real TCP load over cpu_bound and balance-rr, side by side
+    /// The paper's system under real TCP load, beside what is usual
     Demo(demo::Args),
     /// A shell in a machine of the lab
     Shell(shell::Args),

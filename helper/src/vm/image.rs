@@ -140,6 +140,7 @@ impl Host {
         overlay.file("cpubond/guest/reset.sh", include_bytes!("guest/reset.sh"))?;
         overlay.file("cpubond/guest/peer.sh", include_bytes!("guest/peer.sh"))?;
         overlay.file("cpubond/guest/demo.sh", include_bytes!("guest/demo.sh"))?;
+        overlay.file("cpubond/guest/setup.sh", include_bytes!("guest/setup.sh"))?;
         overlay.tree(&self.checkout.join("tests"), "cpubond/tests")?;
         overlay.tree(&self.checkout.join("dist"), "cpubond/dist")?;
         let this = env::current_exe().context("cannot find this program's own file")?;

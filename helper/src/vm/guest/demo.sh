@@ -3,7 +3,8 @@
 #
 #   demo.sh start MODE   `cpubond up` over all NICs, and a lighttpd pinned on each CPU,
 #                        on a port of its own
-#   demo.sh read         what the kernel has counted up to now, a fact a line:
+#   demo.sh read         what the kernel has counted up to now, of NICs with a link, a
+#                        fact a line:
 #                          own CPU DEV         the NIC whose IRQs are on CPU
 #                          xmit CPU DEV COUNT  packets CPU gave to the NIC
 #                          tx DEV COUNT        packets the NIC says it sent
@@ -35,6 +36,7 @@ start() {
 read_all() {
 	local nic irq
 	for nic in $(nics); do
+		[ "$(<"$SYS/$nic/operstate")" = up ] || continue
 		# Effective, not asked for: where the interrupt really goes.
 		irq=$(nic_irqs "$nic" | head -n 1)
 		echo "own $(<"/proc/irq/$irq/effective_affinity_list") $nic"

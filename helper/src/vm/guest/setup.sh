@@ -1,0 +1,154 @@
+#!/bin/bash
+# The server, set up as is usual or as in the paper, behind one address and port; and
+# what becomes of each request.
+#
+#   setup.sh start usual none CPUS BYTES
+#       eth0 alone, its interrupt on CPU 0; one lighttpd, one listener, CPUS workers,
+#       which run where the scheduler has them
+#   setup.sh start cpu_bound nat|sk_lookup|reuseport CPUS BYTES
+#       a bond of as many NICs, each NIC's interrupt and one pinned server on a CPU of
+#       its own: `cpubond up`, `cpubond run --steer`. The server is lighttpd; under
+#       reuseport nginx, for lighttpd does not set SO_REUSEPORT
+#   setup.sh audit       from here on each connection is followed by `cpubond audit`
+#   setup.sh audited     once all are closed: what it says, as JSON
+#   setup.sh accepted    connections that the kernel has accepted since boot
+#   setup.sh stop        all of it is gone again
+#
+# Both serve BYTES bytes at http://10.0.0.1:80/ from CPUs 0 to CPUS - 1.
+set -eu
+. /cpubond/tests/lib.sh
+set -o pipefail
+
+DIR=/tmp/setup
+PORT=80
+SERVICE=web
+
+# What is wrong is for the host to see, with what the servers said last.
+note() { printf '%s\n' "$*" >&2; }
+trap '[ $? = 0 ] || tail -qn 3 "$DIR"/*.log >&2 2>/dev/null' EXIT
+
+# first COUNT: so many NICs.
+first() { nics | cut -d ' ' -f "1-$1"; }
+
+lighttpd_conf() {
+	cat <<-CONF
+		server.document-root = "$DIR/www"
+		server.port = $1
+		server.errorlog = "$DIR/lighttpd.log"
+		index-file.names = ("index.html")
+		$2
+	CONF
+}
+
+nginx_conf() {
+	local dir
+	cat <<-CONF
+		daemon off; user root; worker_processes 1; pid $DIR/nginx.$1; error_log $DIR/nginx.log;
+		events { worker_connections 512; }
+		http {
+			access_log off;
+			server { listen $PORT reuseport; root $DIR/www; }
+	CONF
+	for dir in client_body proxy fastcgi uwsgi scgi; do
+		echo "${dir}_temp_path $DIR/$dir.$1;"
+	done
+	echo "}"
+}
+
+start_usual() {
+	local cpus=$2
+	bind_irq eth0 0
+	ip addr add "$SERVER_IP/24" dev eth0
+	ip link set eth0 up
+	lighttpd_conf "$PORT" "server.max-worker = $cpus" >"$DIR/conf"
+	taskset -c "0-$((cpus - 1))" lighttpd -f "$DIR/conf"
+}
+
+start_cpu_bound() {
+	local steer=$1 cpus=$2 list cpu server
+	list=0-$((cpus - 1))
+	# shellcheck disable=SC2046 # a list of words
+	cpubond up "$BOND" $(first "$cpus") --cpus "$list" --address "$SERVER_IP/24"
+	server="lighttpd -D -f"
+	[ "$steer" != reuseport ] || server="nginx -c"
+	for ((cpu = 0; cpu < cpus; cpu++)); do
+		case $server in
+		nginx*) nginx_conf "$cpu" ;;
+		*) lighttpd_conf "$((8000 + cpu))" "" ;;
+		esac >"$DIR/conf.$cpu"
+	done
+	# shellcheck disable=SC2086 # a list of words
+	cpubond run --name "$SERVICE" --port "$PORT" --cpus "$list" --steer "$steer" -- \
+		$server "$DIR/conf.{cpu}" </dev/null >"$DIR/run.log" 2>&1 &
+	wait_for 60 steered "$cpus"
+	# An entry outlives its connection by two minutes.
+	[ "$steer" != nat ] || sysctl -qw net.netfilter.nf_conntrack_max=262144
+}
+
+# steered COUNT: so many daemons, each live and given what its own CPU receives, and the
+# kernel's tables are as they should be.
+steered() {
+	local live
+	live=$(cpubond steer list -j "$SERVICE" |
+		jq '[.services[].daemons[] | select(.phase == "live" and .takes == (.cpu | tostring))] | length') &&
+		[ "$live" = "$1" ]
+}
+
+start() {
+	local setup=$1 steer=$2 cpus=$3 bytes=$4
+	rm -rf "$DIR"
+	mkdir -p "$DIR/www"
+	head -c "$bytes" /dev/zero | tr '\0' x >"$DIR/www/index.html"
+	"start_$setup" "$steer" "$cpus"
+	wait_for 20 ping -q -c 1 -W 1 "$PEER_IP"
+	xmit_trace on
+}
+
+audit() {
+	local of=eth0
+	[ ! -e "$SYS/$BOND" ] || of=$BOND
+	cpubond audit "$of" --port "$PORT" --duration 1h --json </dev/null \
+		>"$DIR/audit.json" 2>"$DIR/audit.log" &
+	echo $! >"$DIR/audit.pid"
+	wait_for 30 grep -q watching "$DIR/audit.log"
+}
+
+audited() {
+	local pid
+	pid=$(<"$DIR/audit.pid")
+	wait_for 30 closed
+	kill -TERM "$pid"
+	wait_for 30 eval "! kill -0 $pid"
+	cat "$DIR/audit.json"
+}
+
+# closed: no connection is open, but for the wait after its end.
+closed() {
+	local open
+	open=$(ss -Htn state connected exclude time-wait) && [ -z "$open" ]
+}
+
+# PassiveOpens, found by its name.
+accepted() {
+	awk '$1 == "Tcp:" && !n { for (n = NF; $n != "PassiveOpens"; n--); next }
+		$1 == "Tcp:" { print $n }' /proc/net/snmp
+}
+
+stop() {
+	if [ -e "$SYS/$BOND" ]; then
+		cpubond steer del "$SERVICE"
+		cpubond down "$BOND"
+	else
+		pkill -x lighttpd
+		wait_for 10 eval "! pgrep -x lighttpd"
+		ip link set eth0 down
+		ip addr flush dev eth0
+	fi
+	xmit_trace off
+}
+
+case $1 in
+start) start "$2" "$3" "$4" "$5" ;;
+audit | audited | accepted | stop) "$1" ;;
+*) fail "setup.sh: want start, audit, audited, accepted or stop" ;;
+esac
