@@ -38,7 +38,10 @@ pub fn load(lab: &Lab, requests: u64, at_once: u32, ports: &[u16]) -> Result<Loa
             pids[i]=$!
         done
         rc=0
-        for i in {{0..{last}}}; do wait ${{pids[i]}} || rc=$?; cat /tmp/ab-$i; done
+        for i in {{0..{last}}}; do
+            wait ${{pids[i]}} || {{ rc=$?; echo \"10.0.0.$((11 + i)):\" $(tail -n 1 /tmp/ab-$i) >&2; }}
+            cat /tmp/ab-$i
+        done
         exit $rc",
         last = CLIENTS - 1,
         count = ports.len(),

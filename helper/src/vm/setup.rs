@@ -114,6 +114,11 @@ impl Running<'_> {
         Audit::parse(&self.call("audited")?)
     }
 
+    /// Connections that are open, as `ss` tells of them.
+    pub fn open(&self) -> Result<String> {
+        self.call("open")
+    }
+
     /// Take it down again.
     pub fn stop(self) -> Result<()> {
         self.call("stop").map(drop)

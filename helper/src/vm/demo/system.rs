@@ -68,6 +68,10 @@ impl SetupRun {
         running.audit()?;
         let load = told(&label, &running, accepted, || {
             clients::load(lab, requests, 1, &[Setup::PORT])
+        })
+        .inspect_err(|_| match running.open() {
+            Ok(open) => eprintln!("cpubond: {label}: open in the server:\n{open}"),
+            Err(error) => eprintln!("cpubond: {label}: {error:#}"),
         })?;
         let evidence = Evidence {
             load,

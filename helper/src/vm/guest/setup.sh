@@ -12,6 +12,7 @@
 #   setup.sh audit       from here on each connection is followed by `cpubond audit`
 #   setup.sh audited     once all are closed: what it says, as JSON
 #   setup.sh accepted    connections that the kernel has accepted since boot
+#   setup.sh open        connections that are open, with their timers and queues
 #   setup.sh stop        all of it is gone again
 #
 # Both serve BYTES bytes at http://10.0.0.1:80/ from CPUs 0 to CPUS - 1.
@@ -125,8 +126,10 @@ audited() {
 # closed: no connection is open, but for the wait after its end.
 closed() {
 	local open
-	open=$(ss -Htn state connected exclude time-wait) && [ -z "$open" ]
+	open=$(open) && [ -z "$open" ]
 }
+
+open() { ss -Htnoip state connected exclude time-wait; }
 
 # PassiveOpens, found by its name.
 accepted() {
@@ -149,6 +152,6 @@ stop() {
 
 case $1 in
 start) start "$2" "$3" "$4" "$5" ;;
-audit | audited | accepted | stop) "$1" ;;
-*) fail "setup.sh: want start, audit, audited, accepted or stop" ;;
+audit | audited | accepted | open | stop) "$1" ;;
+*) fail "setup.sh: want start, audit, audited, accepted, open or stop" ;;
 esac
