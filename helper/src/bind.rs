@@ -50,7 +50,8 @@ pub fn cpus_of_slaves(
                     &format!("{}: {}", bond.name, slave.link),
                 )?;
                 // In the order in which queues take them.
-                Ok(shares(&[None], &cpus).pop().unwrap_or_default())
+                let node = link::numa_node(host, &slave.link);
+                Ok(shares(&[node], &cpus).pop().unwrap_or_default())
             }
         })
         .collect()
@@ -202,7 +203,8 @@ fn has_moved(host: &Host, irq: &Irq, cpu: u32) -> bool {
     irq::effective_affinity(host, irq.number).is_ok_and(|cpus| cpus == CpuSet::from_iter([cpu]))
 }
 
-fn cpu_of_queue(share: &[u32], queue: u32) -> Option<u32> {
+/// Where the interrupts of a queue go.
+pub fn cpu_of_queue(share: &[u32], queue: u32) -> Option<u32> {
     let index = usize::try_from(queue).ok()?.checked_rem(share.len())?;
     share.get(index).copied()
 }

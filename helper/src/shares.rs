@@ -2,12 +2,14 @@
 
 use crate::topology::Cpu;
 
-/// The CPUs of each slave, one thread a core first, so that a slave with few queues puts them on
-/// different cores.
+/// The CPUs of each slave, one thread a core first, and those on its own node first of these: a
+/// slave with few queues puts them on different cores, and near.
 ///
-/// With at least as many CPUs as slaves the shares are disjoint, cover every CPU and differ in
-/// size by at most one. With fewer, each slave has one CPU, and the CPUs' numbers of slaves
-/// differ by at most one. Evenness comes before locality, locality before everything else.
+/// With at least as many cores as slaves the shares are disjoint, cover every CPU and differ by at
+/// most one core, all threads of a core in one share: they have its caches in common. With fewer
+/// cores, but as many CPUs, cores are cut, and shares differ by at most one CPU. With fewer CPUs,
+/// each slave has one, and the CPUs' numbers of slaves differ by at most one. Evenness comes before
+/// locality, locality before everything else.
 pub fn shares(slaves: &[Option<u32>], cpus: &[Cpu]) -> Vec<Vec<u32>> {
     if slaves.is_empty() || cpus.is_empty() {
         return vec![Vec::new(); slaves.len()];
@@ -19,14 +21,33 @@ pub fn shares(slaves: &[Option<u32>], cpus: &[Cpu]) -> Vec<Vec<u32>> {
             .map(|cpu| vec![cpus[cpu].id])
             .collect();
     }
+    let cores = cores(cpus);
+    let parts: Vec<Vec<&Cpu>> = match cores.len() < slaves.len() {
+        true => cpus.iter().map(|cpu| vec![cpu]).collect(),
+        false => cores,
+    };
+    let nodes: Vec<Option<u32>> = parts.iter().map(|part| part[0].node).collect();
     let mut shares: Vec<Vec<&Cpu>> = vec![Vec::new(); slaves.len()];
-    for (cpu, slave) in cpus.iter().zip(spread(&nodes, slaves)) {
-        shares[slave].push(cpu);
+    for (part, slave) in parts.iter().zip(spread(&nodes, slaves)) {
+        shares[slave].extend(part);
     }
     shares
         .iter()
-        .map(|share| one_thread_a_core_first(share))
+        .zip(slaves)
+        .map(|(share, node)| in_order(share, *node))
         .collect()
+}
+
+/// The CPUs by core, in the order of the cores' first CPUs here; no core is empty.
+fn cores(cpus: &[Cpu]) -> Vec<Vec<&Cpu>> {
+    let mut cores: Vec<Vec<&Cpu>> = Vec::new();
+    for cpu in cpus {
+        match cores.iter_mut().find(|core| core[0].core == cpu.core) {
+            Some(core) => core.push(cpu),
+            None => cores.push(vec![cpu]),
+        }
+    }
+    cores
 }
 
 /// Put each item in a bin: as many in each as in any other (give or take one), an item in a bin
@@ -76,8 +97,9 @@ fn even_part(total: usize, parts: usize, index: usize) -> usize {
     total / parts + usize::from(index < total % parts)
 }
 
-fn one_thread_a_core_first(share: &[&Cpu]) -> Vec<u32> {
-    let mut order: Vec<(usize, usize, u32)> = share
+/// As queues are to take them: one thread a core first, those on the slave's node first of these.
+fn in_order(share: &[&Cpu], node: Option<u32>) -> Vec<u32> {
+    let mut order: Vec<(usize, bool, usize, u32)> = share
         .iter()
         .enumerate()
         .map(|(place, cpu)| {
@@ -85,18 +107,19 @@ fn one_thread_a_core_first(share: &[&Cpu]) -> Vec<u32> {
                 .iter()
                 .filter(|other| other.core == cpu.core)
                 .count();
-            (thread, place, cpu.id)
+            let is_foreign = node.is_some() && cpu.node != node;
+            (thread, is_foreign, place, cpu.id)
         })
         .collect();
     order.sort_unstable();
-    order.into_iter().map(|(_, _, id)| id).collect()
+    order.into_iter().map(|(.., id)| id).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     fn flat(count: u32) -> Vec<Cpu> {
         (0..count)
@@ -143,6 +166,8 @@ mod tests {
             shares(&[Some(1), Some(0)], &numa(&[0, 0, 1, 1])),
             [[2, 3], [0, 1]]
         );
+        // A single queue goes to a CPU at home.
+        assert_eq!(shares(&[Some(1)], &numa(&[0, 0, 1, 1])), [[2, 3, 0, 1]]);
         // Three slaves compete for node 0: all stay even, one goes abroad, and not the one at home
         // on node 1.
         let abroad = shares(
@@ -173,6 +198,15 @@ mod tests {
         })
         .to_vec();
         assert_eq!(shares(&[Some(0); 2], &cpus), [[0, 1, 4, 5], [2, 3, 6, 7]]);
+        assert_eq!(
+            shares(&[Some(0); 3], &cpus),
+            [vec![0, 1, 4, 5], vec![2, 6], vec![3, 7]]
+        );
+        // More slaves than cores: better a thread than nothing.
+        assert_eq!(
+            shares(&[Some(0); 5], &cpus),
+            [vec![0, 4], vec![1, 5], vec![2, 6], vec![3], vec![7]]
+        );
     }
 
     #[test]
@@ -189,10 +223,11 @@ mod tests {
         #[test]
         fn even_disjoint_complete_and_repeatable(
             slaves in prop::collection::vec(node(), 1..20),
-            nodes in prop::collection::vec(node(), 1..100),
+            nodes in prop::collection::vec(node(), 1..50),
+            threads in 1u32..4,
         ) {
-            let cpus: Vec<Cpu> = (0..).zip(&nodes)
-                .map(|(id, node)| Cpu { id: id * 3, node: *node, llc: id / 4, core: id / 2 })
+            let cpus: Vec<Cpu> = (0..).zip(nodes.iter().flat_map(|node| vec![node; threads as usize]))
+                .map(|(id, node)| Cpu { id: id * 3, node: *node, llc: id / 4, core: id / threads })
                 .collect();
             let shares = shares(&slaves, &cpus);
             prop_assert_eq!(&shares, &super::shares(&slaves, &cpus));
@@ -202,7 +237,14 @@ mod tests {
                 *users.get_mut(cpu).expect("a CPU nobody offered") += 1;
             }
             let even = |counts: Vec<usize>| counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1;
-            prop_assert!(even(shares.iter().map(Vec::len).collect()));
+            if nodes.len() >= slaves.len() {
+                let core = |cpu: &u32| cpu / 3 / threads;
+                let cores = |share: &Vec<u32>| share.iter().map(core).collect::<BTreeSet<u32>>();
+                prop_assert!(even(shares.iter().map(|share| cores(share).len()).collect()));
+                prop_assert!(shares.iter().all(|share| share.len() == cores(share).len() * threads as usize));
+            } else {
+                prop_assert!(even(shares.iter().map(Vec::len).collect()));
+            }
             prop_assert!(even(users.values().copied().collect()));
             if cpus.len() >= slaves.len() {
                 prop_assert!(users.values().all(|users| *users == 1));
