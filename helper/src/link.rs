@@ -5,7 +5,7 @@ use crate::host::{self, Host};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 pub fn exists(host: &Host, link: &str) -> bool {
@@ -57,11 +57,14 @@ pub fn has_carrier(host: &Host, link: &str) -> bool {
     host::read_if_any(&host.link(link).join("carrier")).as_deref() == Some("1")
 }
 
+/// The NUMA node its device is on, `None` if that is not known.
 pub fn numa_node(host: &Host, link: &str) -> Option<u32> {
+    // Only the PCI device has the file; what hangs off it is on the same node.
+    let node = ancestors(host, link)
+        .into_iter()
+        .find_map(|dir| host::read_if_any(&dir.join("numa_node")))?;
     // -1, "no node", does not parse.
-    host::read_if_any(&host.link(link).join("device/numa_node"))?
-        .parse()
-        .ok()
+    node.parse().ok()
 }
 
 /// A queue's CPU mask file and what it holds.
@@ -96,16 +99,26 @@ fn queues(host: &Host, link: &str, prefix: &str, file: &str) -> Vec<QueueCpus> {
 
 /// The PCI device a NIC is on, `0000:03:00.1`.
 pub fn pci(host: &Host, link: &str) -> Option<String> {
-    let device = fs::canonicalize(host.link(link).join("device")).ok()?;
-    let sys = fs::canonicalize(&host.sys).ok()?;
-    // As in irq.rs, the network device may hang off a child of it.
-    let dir = device
+    let dirs = ancestors(host, link);
+    let dir = dirs.iter().find(|dir| {
+        fs::canonicalize(dir.join("subsystem")).is_ok_and(|bus| bus.ends_with("bus/pci"))
+    })?;
+    Some(dir.file_name()?.to_str()?.to_string())
+}
+
+/// Its device and those above it: as in irq.rs, what is looked for may be one or two up.
+fn ancestors(host: &Host, link: &str) -> Vec<PathBuf> {
+    let (Ok(device), Ok(sys)) = (
+        fs::canonicalize(host.link(link).join("device")),
+        fs::canonicalize(&host.sys),
+    ) else {
+        return Vec::new();
+    };
+    device
         .ancestors()
         .take_while(|dir| *dir != sys)
-        .find(|dir| {
-            fs::canonicalize(dir.join("subsystem")).is_ok_and(|bus| bus.ends_with("bus/pci"))
-        })?;
-    Some(dir.file_name()?.to_str()?.to_string())
+        .map(Path::to_path_buf)
+        .collect()
 }
 
 /// Whether the kernel would take it as the name of a network device.
@@ -161,5 +174,26 @@ impl<'de> Deserialize<'de> for Mac {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         text.parse().map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Fake;
+
+    #[test]
+    fn a_nic_is_on_the_node_of_its_pci_device() {
+        let fake = Fake::new();
+        fake.nic("eth0", &[]);
+        let pci = format!(
+            "sys/devices/pci0000:00/{}",
+            pci(&fake.host(), "eth0").unwrap()
+        );
+        assert_eq!(numa_node(&fake.host(), "eth0"), None);
+        fake.file(&format!("{pci}/numa_node"), "-1\n");
+        assert_eq!(numa_node(&fake.host(), "eth0"), None);
+        fake.file(&format!("{pci}/numa_node"), "1\n");
+        assert_eq!(numa_node(&fake.host(), "eth0"), Some(1));
     }
 }
