@@ -10,6 +10,7 @@
 
 use crate::cpulist::CpuSet;
 use crate::error::{Error, Exit, Result};
+use crate::ethtool::{Channels, Ethtool};
 use crate::host::{self, Host};
 use crate::irq;
 use crate::link::{self, Mac};
@@ -35,6 +36,10 @@ pub trait Kernel {
     /// The address the device was made with, whatever it has now; `None` if it was not made with
     /// one, as software devices are not.
     fn permanent_mac(&mut self, link: &str) -> Result<Option<Mac>>;
+    /// `None` if the device's driver does not tell.
+    fn channels(&mut self, link: &str) -> Result<Option<Channels>>;
+    /// Set the number of combined channels.
+    fn set_channels(&mut self, link: &str, combined: u32) -> Result<()>;
     fn write(&mut self, path: &Path, value: &str) -> Result<()>;
     /// Have irqbalance leave these interrupts alone and no others.
     fn set_banned(&mut self, host: &Host, irqs: &Irqs) -> Result<()>;
@@ -71,6 +76,22 @@ impl Kernel for Rtnetlink {
 
     fn permanent_mac(&mut self, link: &str) -> Result<Option<Mac>> {
         self.permanent_mac(link)
+    }
+
+    fn channels(&mut self, link: &str) -> Result<Option<Channels>> {
+        match Ethtool::open()? {
+            Some(mut ethtool) => ethtool.channels(link),
+            None => Ok(None),
+        }
+    }
+
+    fn set_channels(&mut self, link: &str, combined: u32) -> Result<()> {
+        match Ethtool::open()? {
+            Some(mut ethtool) => ethtool.set_combined(link, combined),
+            None => Err(Error::new(link, "the kernel has no ethtool netlink")
+                .fix("leave out channels, and set them by \"ethtool -L\"")
+                .exit(Exit::Unsupported)),
+        }
     }
 
     fn set_banned(&mut self, host: &Host, irqs: &Irqs) -> Result<()> {
@@ -126,6 +147,8 @@ pub enum Item {
     Up { link: String },
     /// The bond that has the slave, or nothing.
     Master { link: String },
+    /// How many combined channels a device has.
+    Channels { link: String },
     /// The CPUs that an interrupt of a device may go to.
     Irq { link: String, irq: u32 },
     /// A set of CPUs of a queue: `tx-0/xps_cpus`, `rx-0/rps_cpus`.
@@ -154,6 +177,7 @@ impl Item {
             Self::Bond { bond } | Self::Option { bond, .. } | Self::Address { bond, .. } => bond,
             Self::Up { link }
             | Self::Master { link }
+            | Self::Channels { link }
             | Self::Irq { link, .. }
             | Self::Queue { link, .. }
             | Self::SlaveCpus { link } => link,
@@ -169,8 +193,10 @@ impl Item {
             Self::Option { .. } | Self::Ban { .. } => 1,
             Self::Up { .. } => 2,
             Self::Master { .. } => 3,
-            Self::Irq { .. } | Self::Queue { .. } | Self::SlaveCpus { .. } => 4,
-            Self::Address { .. } => 5,
+            // Interrupts and queues may come and go with it.
+            Self::Channels { .. } => 4,
+            Self::Irq { .. } | Self::Queue { .. } | Self::SlaveCpus { .. } => 5,
+            Self::Address { .. } => 6,
         }
     }
 
@@ -214,6 +240,14 @@ impl Item {
             }
             Self::Up { link } => if link::is_up(host, link) { UP } else { DOWN }.into(),
             Self::Master { link } => link::master(host, link).unwrap_or_default(),
+            Self::Channels { link } => {
+                // One that has none that do both is left alone.
+                let channels = kernel.channels(link)?;
+                match channels.filter(|channels| channels.combined_max > 0) {
+                    Some(channels) => channels.combined.to_string(),
+                    None => return Ok(None),
+                }
+            }
             Self::Irq { .. } | Self::SlaveCpus { .. } => cpus(|text| text.parse())?,
             Self::Queue { .. } => cpus(CpuSet::from_mask)?,
         };
@@ -234,6 +268,10 @@ impl Item {
             Self::Up { link } => kernel.set_up(link, value == UP)?,
             Self::Master { link } => {
                 kernel.set_master(link, Some(value).filter(|bond| !bond.is_empty()))?;
+            }
+            Self::Channels { link } => {
+                let count = value.parse().map_err(|error| Error::new(self, error))?;
+                set_channels(host, kernel, link, count)?;
             }
             Self::Ban { irq } => {
                 // The list can only be replaced, so others' entries go with ours.
@@ -281,6 +319,7 @@ impl Item {
             | Self::Address { .. }
             | Self::Up { .. }
             | Self::Master { .. }
+            | Self::Channels { .. }
             | Self::Ban { .. } => None,
             Self::Option { name, .. } => Some(link.join("bonding").join(name)),
             Self::Irq { irq, .. } => Some(irq::affinity_path(host, *irq)),
@@ -288,6 +327,38 @@ impl Item {
             Self::SlaveCpus { .. } => Some(link.join("bonding_slave/cpus")),
         }
     }
+}
+
+/// Set a device's channels. Drivers then spread interrupts and queues over the CPUs anew; those that
+/// are still there get back what they held, so that it is as if nothing else had been changed.
+fn set_channels(host: &Host, kernel: &mut dyn Kernel, link: &str, count: u32) -> Result<()> {
+    let irqs = |host: &Host| -> Vec<PathBuf> {
+        irq::of_link(host, link)
+            .iter()
+            .map(|irq| irq::affinity_path(host, irq.number))
+            .collect()
+    };
+    let queues = |host: &Host| -> Vec<PathBuf> {
+        let queues = link::xps(host, link)
+            .into_iter()
+            .chain(link::rps(host, link));
+        queues.map(|queue| queue.path).collect()
+    };
+    let held: Vec<(PathBuf, Option<String>)> = irqs(host)
+        .into_iter()
+        .chain(queues(host))
+        .map(|path| (path.clone(), host::read_if_any(&path)))
+        .collect();
+    kernel.set_channels(link, count)?;
+    let there: Vec<PathBuf> = irqs(host).into_iter().chain(queues(host)).collect();
+    for (path, value) in held {
+        if let Some(value) = value.filter(|_| there.contains(&path))
+            && host::read_if_any(&path).as_ref() != Some(&value)
+        {
+            kernel.write(&path, &value)?;
+        }
+    }
+    Ok(())
 }
 
 /// Where it is, for people.
@@ -299,6 +370,7 @@ impl fmt::Display for Item {
             Self::Address { bond, address } => write!(f, "{bond}: address {address}"),
             Self::Up { link } => write!(f, "{link}: link"),
             Self::Master { link } => write!(f, "{link}: master"),
+            Self::Channels { link } => write!(f, "{link}: combined channels"),
             Self::Irq { link, irq } => write!(f, "{link}: CPUs of irq/{irq}"),
             Self::Queue { link, file } => write!(f, "{link}: {file}"),
             Self::SlaveCpus { link } => write!(f, "{link}: bonding_slave/cpus"),

@@ -380,6 +380,7 @@ impl Steps<'_> {
     /// Interrupts and queues. Only now: many drivers request interrupts when the device is opened,
     /// and it was opened by being enslaved.
     fn bind(&mut self, target: &Target, ban: bool) -> Result<Vec<Binding>> {
+        self.set_channels(target)?;
         let bindings = target.bindings(self.host)?;
         self.ban(target, &bindings, ban)?;
         let wants = bindings
@@ -387,9 +388,38 @@ impl Steps<'_> {
             .flat_map(|binding| binding.wants(self.host))
             .collect();
         self.bring(&target.bond.name, wants, |item| {
-            target.has(item.link()) && !matches!(item, Item::Up { .. } | Item::Master { .. })
+            let is_else = matches!(
+                item,
+                Item::Up { .. } | Item::Master { .. } | Item::Channels { .. }
+            );
+            target.has(item.link()) && !is_else
         })?;
         Ok(bindings)
+    }
+
+    /// Before interrupts and queues are looked for: it may make them anew.
+    fn set_channels(&mut self, target: &Target) -> Result<()> {
+        let mut wants = Vec::new();
+        for slave in &target.slaves {
+            let Some(channels) = slave.slave.channels else {
+                continue;
+            };
+            let item = Item::Channels {
+                link: slave.link.clone(),
+            };
+            if self.read(&item)?.is_none() {
+                return Err(Error::new(item, "its driver has none that can be set").fix(
+                    format_args!("take channels out of the configuration of {}", slave.link),
+                ));
+            }
+            wants.push(Want {
+                item,
+                value: channels.to_string(),
+            });
+        }
+        self.bring(&target.bond.name, wants, |item| {
+            target.has(item.link()) && matches!(item, Item::Channels { .. })
+        })
     }
 
     /// Before the interrupts are moved, irqbalance is told to leave them alone. A new one has
@@ -571,6 +601,7 @@ pub fn roll_back(
 mod tests {
     use super::*;
     use crate::config::Config;
+    use crate::ethtool::Channels;
     use crate::testing::{Fake, FakeKernel, Moment, killed};
     use std::path::Path;
 
@@ -754,6 +785,54 @@ mod tests {
             assert_eq!(items(&planned), items(&done));
             assert_eq!(kernel.writes, writes + done.changes.len());
         }
+    }
+
+    #[test]
+    fn channels_are_set_before_queues_are_bound_and_restored() {
+        let fake = machine();
+        let mut kernel = FakeKernel::new(&fake);
+        let channels = |combined| Channels {
+            combined,
+            combined_max: 2,
+            ..Channels::default()
+        };
+        kernel.channels.insert("eth0".into(), channels(1));
+        let before = snapshot(&fake, &kernel);
+        let text = |count: u32| {
+            format!(
+                "[[bond]]\nname = \"bond0\"\n[[bond.slave]]\nname = \"eth0\"\nchannels = {count}\n"
+            )
+        };
+        let done = apply(&fake, &mut kernel, &text(2)).unwrap();
+        let place = |wanted: fn(&Item) -> bool| {
+            let mut items = done.changes.iter().map(|change| &change.item);
+            items.position(wanted).unwrap()
+        };
+        let set = place(|item| matches!(item, Item::Channels { .. }));
+        assert!(place(|item| matches!(item, Item::Master { .. })) < set);
+        assert!(set < place(|item| matches!(item, Item::Irq { .. } | Item::Queue { .. })));
+        assert_eq!(kernel.channels["eth0"], channels(2));
+        assert_eq!(plan(&fake, &mut kernel, &text(2)).changes, []);
+
+        // Wanted no more, they are what they were.
+        let none = text(2).replace("channels = 2", "");
+        assert_eq!(plan(&fake, &mut kernel, &none).changes.len(), 1);
+        apply(&fake, &mut kernel, &none).unwrap();
+        assert_eq!(kernel.channels["eth0"], channels(1));
+        apply(&fake, &mut kernel, &text(2)).unwrap();
+        undo(&fake, &mut kernel);
+        assert_eq!(kernel.channels["eth0"], channels(1));
+        same(&snapshot(&fake, &kernel), &before, "undone");
+
+        let error = apply(&fake, &mut kernel, &text(3)).unwrap_err();
+        assert_eq!(error.exit, Exit::RolledBack, "{error}");
+        assert_eq!(kernel.channels["eth0"], channels(1));
+        kernel.channels.clear();
+        let error = apply(&fake, &mut kernel, &text(2)).unwrap_err().to_string();
+        assert!(
+            error.starts_with("eth0: combined channels: its driver has none"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod converge;
 mod cpulist;
 mod down;
 mod error;
+mod ethtool;
 mod host;
 mod irq;
 mod journal;

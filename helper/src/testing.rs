@@ -3,6 +3,7 @@
 use crate::change::Kernel;
 use crate::cpulist::CpuSet;
 use crate::error::{Error, Result};
+use crate::ethtool::Channels;
 use crate::host::{self, Host};
 use crate::link::Mac;
 use crate::rivals::irqbalance;
@@ -173,6 +174,7 @@ pub struct FakeKernel<'a> {
     /// The map the driver shows does not follow the interrupts.
     pub wrong_map: bool,
     pub permanent: BTreeMap<String, Mac>,
+    pub channels: BTreeMap<String, Channels>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,6 +206,7 @@ impl<'a> FakeKernel<'a> {
             addresses: Vec::new(),
             wrong_map: false,
             permanent: BTreeMap::new(),
+            channels: BTreeMap::new(),
         }
     }
 
@@ -399,6 +402,26 @@ impl Kernel for FakeKernel<'_> {
 
     fn permanent_mac(&mut self, link: &str) -> Result<Option<Mac>> {
         Ok(self.permanent.get(link).copied())
+    }
+
+    fn channels(&mut self, link: &str) -> Result<Option<Channels>> {
+        Ok(self.channels.get(link).copied())
+    }
+
+    fn set_channels(&mut self, link: &str, combined: u32) -> Result<()> {
+        self.count(|kernel| {
+            let channels = kernel.channels.get_mut(link).unwrap();
+            if combined > channels.combined_max {
+                return Err(Error::new(link, "has not as many channels"));
+            }
+            channels.combined = combined;
+            // As drivers do.
+            for irq in irq::of_link(&kernel.fake.host(), link) {
+                let path = format!("proc/irq/{}/smp_affinity_list", irq.number);
+                kernel.fake.file(&path, "0-1\n");
+            }
+            Ok(())
+        })
     }
 
     fn set_banned(&mut self, host: &Host, irqs: &BTreeSet<u32>) -> Result<()> {
