@@ -33,42 +33,57 @@ pub struct Config {
 }
 
 /// One bond, its slaves in the order in which they take their shares of the CPUs.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Bond {
     pub name: String,
     #[serde(default)]
     pub mode: Mode,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub xmit_hash_policy: Option<HashPolicy>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub lacp_rate: Option<LacpRate>,
     /// Milliseconds between link checks, never 0.
     #[serde(default = "default_miimon")]
     pub miimon: u32,
     /// `None`: the driver's default is left alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub follow: Option<Follow>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<Address>,
     /// CPUs to share out; `None`: all that are online.
-    #[serde(default, deserialize_with = "cpulist")]
+    #[serde(
+        default,
+        deserialize_with = "cpulist",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub cpus: Option<CpuSet>,
-    #[serde(rename = "slave", default)]
+    #[serde(rename = "slave", default, skip_serializing_if = "Vec::is_empty")]
     pub slaves: Vec<Slave>,
 }
 
 /// One slave; exactly one of `name`, `mac` and `pci` is there.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Slave {
+    #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     mac: Option<Mac>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pci: Option<Pci>,
     /// `None`: a share of the bond's CPUs (`shares`).
-    #[serde(default, deserialize_with = "cpulist")]
+    #[serde(
+        default,
+        deserialize_with = "cpulist",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub cpus: Option<CpuSet>,
     /// Combined channels to set, never 0; `None`: left as they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub channels: Option<u32>,
     /// Also write `bonding_slave/cpus`.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub set_cpus: bool,
 }
 
@@ -104,7 +119,7 @@ pub struct Service {
 pub struct Address(pub IpNet);
 
 /// A PCI device, `DOMAIN:BUS:DEVICE.FUNCTION` as in `/sys/bus/pci/devices`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Pci(String);
 
 fn default_miimon() -> u32 {
@@ -299,6 +314,20 @@ impl Slave {
         }
     }
 
+    pub fn with_mac(mac: Mac) -> Self {
+        Self {
+            mac: Some(mac),
+            ..Self::default()
+        }
+    }
+
+    pub fn at_pci(pci: Pci) -> Self {
+        Self {
+            pci: Some(pci),
+            ..Self::default()
+        }
+    }
+
     pub fn set_cpus(self, set_cpus: bool) -> Self {
         Self { set_cpus, ..self }
     }
@@ -408,7 +437,7 @@ impl Service {
 }
 
 impl SlaveId<'_> {
-    fn key(self) -> &'static str {
+    pub fn key(self) -> &'static str {
         match self {
             Self::Name(_) => "name",
             Self::Mac(_) => "mac",
@@ -521,6 +550,18 @@ impl Nonsense {
             found: found.into(),
             allowed,
         }
+    }
+
+    /// As an error in the arguments of a command whose options are named as the keys are.
+    pub fn of_command(self, command: &str) -> Error {
+        let place = match self.key {
+            "" | "name" | "slave" => command.to_string(),
+            "addresses" => "--address".to_string(),
+            key => format!("--{}", key.replace('_', "-")),
+        };
+        Error::new(place, self.found)
+            .fix(format_args!("allowed: {}", self.allowed))
+            .exit(Exit::Usage)
     }
 
     fn below(mut self, table: &'static str, index: usize) -> Self {

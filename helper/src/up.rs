@@ -5,7 +5,7 @@ use crate::check::check_privilege;
 use crate::config::{self, Address};
 use crate::converge::{self, Goal};
 use crate::cpulist::CpuSet;
-use crate::error::{Error, Exit, Result};
+use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::journal::{By, Journal, Lock};
 use crate::link;
@@ -22,8 +22,9 @@ use std::path::PathBuf;
 #[derive(Args, Debug)]
 #[command(
     long_about = "Make a bond whose slaves' interrupts, transmit queues and CPUs belong together.\n\n\
-        Each slave gets a share of the online CPUs: those of its own NUMA node first, as many as \
-        the other slaves have, none in two shares unless there are more slaves than CPUs. Its \
+        Each slave gets a share of the online CPUs: those of its own NUMA node first, as many \
+        cores as the other slaves have, both threads of each, none in two shares unless there are \
+        more slaves than CPUs. Its \
         queue interrupts go to these CPUs one by one, its transmit queues (XPS) likewise, and \
         receive packet steering (RPS) is turned off. Under mode cpu_bound, or xmit hash policy \
         cpu_bound, the kernel then sends what a CPU has to send through that CPU's slave.\n\n\
@@ -129,16 +130,7 @@ impl Up {
         };
         match bond.check() {
             Ok(()) => Ok(bond),
-            Err(nonsense) => {
-                let place = match nonsense.key {
-                    "name" | "slave" => "cpubond up".to_string(),
-                    "addresses" => "--address".to_string(),
-                    key => format!("--{}", key.replace('_', "-")),
-                };
-                Err(Error::new(place, nonsense.found)
-                    .fix(format_args!("allowed: {}", nonsense.allowed))
-                    .exit(Exit::Usage))
-            }
+            Err(nonsense) => Err(nonsense.of_command("cpubond up")),
         }
     }
 
@@ -193,6 +185,7 @@ impl Up {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Exit;
     use crate::journal::Undoing;
     use crate::testing::{Fake, FakeKernel};
     use clap::Parser;
