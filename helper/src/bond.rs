@@ -2,10 +2,11 @@
 
 use crate::cpulist::CpuSet;
 use crate::host::{self, Host};
+use serde::Serialize;
 use std::collections::BTreeMap;
 
 /// One line of `cpu_bound_map`: which slaves a CPU sends through, and why these.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MapLine {
     pub cpu: u32,
     pub slaves: Vec<String>,
@@ -32,6 +33,10 @@ pub fn all(host: &Host) -> Vec<String> {
     host::read_if_any(&host.sys.join("class/net/bonding_masters"))
         .map(|names| names.split_whitespace().map(str::to_string).collect())
         .unwrap_or_default()
+}
+
+pub fn is_bond(host: &Host, link: &str) -> bool {
+    host.link(link).join("bonding").exists()
 }
 
 pub fn slaves(host: &Host, bond: &str) -> Vec<String> {

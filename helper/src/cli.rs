@@ -6,6 +6,7 @@ use crate::confirm::Confirm;
 use crate::down::Down;
 use crate::error::Result;
 use crate::man::Pages;
+use crate::plan::Plan;
 use crate::rollback::Rollback;
 use crate::run::{Keep, Run};
 use crate::show::Show;
@@ -32,6 +33,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Plan(Plan),
     Apply(Apply),
     Confirm(Confirm),
     Rollback(Rollback),
@@ -55,6 +57,7 @@ enum Command {
 /// Parse the command line, run the subcommand, turn its result into an exit code.
 pub fn run() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Plan(plan) => plan.run(),
         Command::Apply(apply) => return exit_with(apply.run()),
         Command::Confirm(confirm) => confirm.run(),
         Command::Rollback(rollback) => rollback.run(),

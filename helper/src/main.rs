@@ -23,6 +23,8 @@ mod man;
 mod module;
 mod netlink;
 mod options;
+mod plan;
+mod predict;
 mod rivals;
 mod rollback;
 mod run;

@@ -118,13 +118,29 @@ struct SlaveReport {
 }
 
 #[derive(Debug, Serialize)]
-struct IrqReport {
+pub struct IrqReport {
     irq: u32,
     name: String,
     /// `null` for vectors that serve no queue.
-    queue: Option<u32>,
+    pub queue: Option<u32>,
     affinity: Option<CpuSet>,
-    effective: Option<CpuSet>,
+    pub effective: Option<CpuSet>,
+}
+
+impl IrqReport {
+    /// Of all of a device's interrupts.
+    pub fn of_link(host: &Host, link: &str) -> Vec<Self> {
+        irq::of_link(host, link)
+            .into_iter()
+            .map(|irq| Self {
+                irq: irq.number,
+                queue: irq.queue,
+                affinity: irq::affinity(host, irq.number).ok(),
+                effective: irq::effective_affinity(host, irq.number).ok(),
+                name: irq.name,
+            })
+            .collect()
+    }
 }
 
 impl Report {
@@ -247,16 +263,7 @@ impl SlaveReport {
             mii_status: bond::slave_option(host, slave, "mii_status"),
             state: bond::slave_option(host, slave, "state"),
             cpus: bond::cpus_by_hand(host, slave).filter(|cpus| !cpus.is_empty()),
-            irqs: irq::of_link(host, slave)
-                .into_iter()
-                .map(|irq| IrqReport {
-                    irq: irq.number,
-                    queue: irq.queue,
-                    affinity: irq::affinity(host, irq.number).ok(),
-                    effective: irq::effective_affinity(host, irq.number).ok(),
-                    name: irq.name,
-                })
-                .collect(),
+            irqs: IrqReport::of_link(host, slave),
             xps: by_queue(link::xps(host, slave)),
             rps: by_queue(link::rps(host, slave)),
             local: stats.local,

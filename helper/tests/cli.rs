@@ -38,6 +38,9 @@ fn usage_errors_exit_with_2() {
         "apply --rollback-after 60s --check",
         "apply extra",
         "undo bond0",
+        "plan bond0 --mode lacp",
+        "plan bond0 --cpus 0x3",
+        "plan bond/0",
     ] {
         let (code, errors) = cpubond(arguments);
         assert_eq!(code, Some(2), "cpubond {arguments}: {errors}");
@@ -62,7 +65,7 @@ fn our_own_errors_are_one_line_with_the_fix() {
 #[test]
 fn help_has_examples() {
     for subcommand in [
-        "apply", "confirm", "rollback", "verify", "undo", "up", "show", "down",
+        "plan", "apply", "confirm", "rollback", "verify", "undo", "up", "show", "down",
     ] {
         let output = Command::cargo_bin("cpubond")
             .expect("the binary is built with its tests")
