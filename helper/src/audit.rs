@@ -39,7 +39,7 @@ const SETTLED: Duration = Duration::from_secs(5);
         Local means:\n  \
           rx   every packet was received by one slave on one CPU, to which the slave is bound\n  \
           app  every accept, receive and send of the application was on the CPU of rx\n  \
-          tx   every packet was sent by the CPU of rx, through a slave bound to it\n  \
+          tx   every packet was sent by the CPU of rx, through one slave bound to it\n  \
           all  all three\n\
         Bound is what the bond's cpu_bound_map says (reasons set and irq); where the bond has no \
         such policy, and for a NIC that is named by itself, where its queue interrupts go. A hop of \
@@ -61,10 +61,12 @@ const SETTLED: Duration = Duration::from_secs(5);
         kernel left out are counted and told. TCP over IPv4 and IPv6, tagged or not; behind NAT \
         of this host too. Under a SYN flood (SYN cookies) what the application does before \
         the first answer is not seen.\n\n\
+        A connection of which nothing moves meanwhile is not seen.\n\n\
         Overhead: seven BPF programs (two for every packet, after GRO and before the driver; \
         three for socket calls; two that run only where RPS is on) and kernel memory for 65,536 \
-        flows (--map-flows); the report tells how much. --overhead has it tell also how long \
-        the probes run.\n\n\
+        flows (--map-flows). The report states what they cost: the kernel measures how long each \
+        runs, which itself takes some tens of nanoseconds a run of any BPF program meanwhile, and \
+        CAP_SYS_ADMIN.\n\n\
         Needs a kernel with type information (BTF), such as Debian's, and root or CAP_BPF and \
         CAP_PERFMON. Ctrl-C or SIGTERM ends it early, with the report so far. Exit codes: 0 \
         reported, whatever was found; 1 failed; 2 usage; 4 the kernel cannot do it.",
@@ -103,9 +105,6 @@ pub struct Audit {
     /// Tell by which kernel functions packets were sent on a CPU that does not receive their flow
     #[arg(long)]
     pub stacks: bool,
-    /// Have the kernel measure how long the probes run, which takes time itself
-    #[arg(long)]
-    pub overhead: bool,
 }
 
 impl Audit {
@@ -134,7 +133,6 @@ impl Audit {
                 flows: self.map_flows,
                 ports: &self.ports,
                 stacks: self.stacks,
-                run_time: self.overhead,
             },
         )?;
         let mut tally = Tally::new(self.flows);
@@ -179,7 +177,7 @@ impl Audit {
             &machine.names(),
             &mut tally,
             probe.counters()?,
-            probe.overhead()?,
+            probe.overhead(seconds)?,
             self.stacks.then(|| probe.stacks()).transpose()?,
             warnings,
         );

@@ -13,7 +13,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
-use std::{fs, mem, ptr};
+use std::{fs, io, mem, ptr};
 
 /// The most ports that can be asked for, as `MAX_PORTS` of the programs.
 pub const MAX_PORTS: usize = 8;
@@ -166,8 +166,11 @@ pub struct Overhead {
     /// Memory of all of the maps.
     pub map_bytes: u64,
     pub probes: Vec<ProbeCost>,
-    /// Run time of all of the probes by packet received or sent; `null` without --overhead.
+    /// Run time of all of the probes by packet received or sent; `null` if the kernel may not
+    /// measure it for us.
     pub ns_per_packet: Option<f64>,
+    /// Run time of all of the probes by the time watched: 1 is all of one CPU's.
+    pub cpu_share: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -177,7 +180,7 @@ pub struct ProbeCost {
     pub instructions: u32,
     /// Runs that the kernel left out, for the probe was already running on that CPU.
     pub missed: u64,
-    /// `null` without --overhead.
+    /// `null` if they may not be counted.
     pub runs: Option<u64>,
     pub ns_per_run: Option<f64>,
 }
@@ -222,7 +225,6 @@ pub struct Options<'a> {
     /// Only these ports, at either end; all if empty, at most [`MAX_PORTS`].
     pub ports: &'a [u16],
     pub stacks: bool,
-    pub run_time: bool,
 }
 
 pub struct Probe {
@@ -233,7 +235,7 @@ pub struct Probe {
     removed: u64,
     capacity: u64,
     with_stacks: bool,
-    /// The kernel measures run times for as long as this is open.
+    /// The kernel measures run times for as long as this is open. It takes CAP_SYS_ADMIN.
     run_time: Option<OwnedFd>,
 }
 
@@ -273,11 +275,11 @@ impl Probe {
         let ended = ebpf
             .take_map("ended")
             .ok_or_else(|| Error::new("ended", "not in the BPF object"))?;
-        let run_time = options
-            .run_time
-            .then(|| aya::sys::enable_stats(aya::sys::Stats::RunTime))
-            .transpose()
-            .map_err(|error| refused("BPF_ENABLE_STATS", &error))?;
+        let run_time = match aya::sys::enable_stats(aya::sys::Stats::RunTime) {
+            Ok(run_time) => Some(run_time),
+            Err(error) if error.io_error.kind() == io::ErrorKind::PermissionDenied => None,
+            Err(error) => return Err(refused("BPF_ENABLE_STATS", &error)),
+        };
         Ok(Self {
             ebpf,
             ended: RingBuf::try_from(ended).map_err(bug)?,
@@ -383,10 +385,10 @@ impl Probe {
             .collect::<Result<_>>()
     }
 
-    /// What the probes have cost up to now.
-    pub fn overhead(&self) -> Result<Overhead> {
+    /// What the probes have cost, `watched` for so long.
+    pub fn overhead(&self, watched: Duration) -> Result<Overhead> {
         let mut probes = Vec::new();
-        let (mut ns, mut measured) = (0, false);
+        let mut ns = 0;
         for (name, attach) in &PROGRAMS {
             let fd = self
                 .ebpf
@@ -399,10 +401,7 @@ impl Probe {
             let info = fdinfo(fd)?;
             let value = |key: &str| number(&info, key).unwrap_or(0);
             let runs = self.run_time.as_ref().map(|_| value("run_cnt"));
-            if runs.is_some() {
-                ns += value("run_time_ns");
-                measured = true;
-            }
+            ns += value("run_time_ns");
             probes.push(ProbeCost {
                 probe: attach.target(),
                 instructions: self.instructions(name)?,
@@ -412,12 +411,13 @@ impl Probe {
             });
         }
         let counters = self.counters()?;
+        let measured = |whole| self.run_time.as_ref().and_then(|_| ratio(ns, whole));
+        let watched = u64::try_from(watched.as_nanos()).unwrap_or(u64::MAX);
         Ok(Overhead {
             map_bytes: map_bytes()?,
             probes,
-            ns_per_packet: measured
-                .then(|| ratio(ns, counters.rx_packets + counters.tx_packets))
-                .flatten(),
+            ns_per_packet: measured(counters.rx_packets + counters.tx_packets),
+            cpu_share: measured(watched),
         })
     }
 
@@ -607,7 +607,7 @@ fn number(info: &str, key: &str) -> Option<u64> {
 
 #[expect(
     clippy::cast_precision_loss,
-    reason = "nanoseconds of a run are far below 2^52"
+    reason = "nanoseconds of an audit are far below 2^52"
 )]
 fn ratio(part: u64, whole: u64) -> Option<f64> {
     (whole > 0).then(|| part as f64 / whole as f64)

@@ -213,6 +213,12 @@ impl Report {
             seen_tx_packets: counters.tx_packets,
         };
         warnings.extend(totals.warnings());
+        if overhead.cpu_share.is_none() {
+            warnings.insert(
+                "how long the probes ran is not known: measuring it takes CAP_SYS_ADMIN"
+                    .to_string(),
+            );
+        }
         Self {
             schema: SCHEMA,
             definition: DEFINITION,
@@ -326,15 +332,18 @@ impl fmt::Display for Report {
         rows.push(row("all".to_string(), &totals.counts));
         table(f, &rows)?;
 
-        let worst: Vec<&FlowReport> = self.flows.iter().filter(|flow| !flow.all_local).collect();
-        if !worst.is_empty() {
+        if !self.flows.is_empty() {
+            let some = match self.flows_left_out {
+                0 => String::new(),
+                _ => format!(", the worst {} of them", self.flows.len()),
+            };
             writeln!(
                 f,
-                "\nThe worst flows (CPU:slave, packets or calls; + elsewhere):"
+                "\nThe flows{some} (CPU:slave, packets or calls; + elsewhere):"
             )?;
             let mut rows =
                 vec![["LOCAL", "REMOTE", "RX", "APP", "TX", "WHY NOT"].map(String::from)];
-            rows.extend(worst.iter().map(|flow| {
+            rows.extend(self.flows.iter().map(|flow| {
                 [
                     flow.local.to_string(),
                     flow.remote.to_string(),
@@ -364,19 +373,32 @@ impl fmt::Display for Report {
                 writeln!(f, "  nothing")?;
             }
         }
-        write!(
-            f,
-            "\nOverhead: {} kB of maps",
-            self.overhead.map_bytes / 1024
-        )?;
-        match self.overhead.ns_per_packet {
-            Some(ns) => writeln!(f, ", {ns:.0} ns of probes a packet")?,
-            None => writeln!(f)?,
-        }
+        writeln!(f, "\n{}", self.overhead)?;
         for warning in &self.warnings {
             writeln!(f, "warning: {warning}")?;
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Overhead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Overhead: {} BPF programs", self.probes.len())?;
+        if let Some(runs) = self
+            .probes
+            .iter()
+            .map(|probe| probe.runs)
+            .sum::<Option<u64>>()
+        {
+            write!(f, " ran {runs} times")?;
+        }
+        if let Some(ns) = self.ns_per_packet {
+            write!(f, ", {ns:.0} ns a packet")?;
+        }
+        if let Some(share) = self.cpu_share {
+            write!(f, ", {:.2} % of one CPU's time", share * 100.0)?;
+        }
+        write!(f, "; {} kB of kernel memory", self.map_bytes / 1024)
     }
 }
 
@@ -424,9 +446,10 @@ fn row(name: String, counts: &Counts) -> [String; 7] {
 #[cfg(test)]
 mod tests {
     use super::super::judge::{Binding, Place};
+    use super::super::probe::ProbeCost;
     use super::*;
 
-    fn report(counters: Counters) -> Report {
+    fn report(counters: Counters, measured: bool) -> Report {
         let hop = |slave| Hop {
             first: Some(Place { cpu: 0, slave }),
             total: 3,
@@ -461,8 +484,15 @@ mod tests {
             counters,
             Overhead {
                 map_bytes: 4096,
-                probes: Vec::new(),
-                ns_per_packet: None,
+                probes: vec![ProbeCost {
+                    probe: "netif_receive_skb",
+                    instructions: 100,
+                    missed: 0,
+                    runs: measured.then_some(8),
+                    ns_per_run: measured.then_some(500.0),
+                }],
+                ns_per_packet: measured.then_some(1000.0),
+                cpu_share: measured.then_some(0.0012),
             },
             None,
             BTreeSet::new(),
@@ -471,7 +501,7 @@ mod tests {
 
     #[test]
     fn json_has_totals_flows_and_what_was_left_out() {
-        let json = serde_json::to_value(report(Counters::default())).unwrap();
+        let json = serde_json::to_value(report(Counters::default(), true)).unwrap();
         assert_eq!(json["schema"], 1);
         assert_eq!(json["ended_by"], "signal");
         assert_eq!(json["totals"]["connections"], 2);
@@ -489,8 +519,8 @@ mod tests {
     }
 
     #[test]
-    fn text_has_the_table_and_the_worst() {
-        let text = report(Counters::default()).to_string();
+    fn text_has_the_table_and_the_flows() {
+        let text = report(Counters::default(), true).to_string();
         assert!(
             text.contains(
                 "80    2            100.00 %  100.00 %   50.00 %   50.00 %    tx_several_slaves 1\n"
@@ -500,15 +530,30 @@ mod tests {
         assert!(text.contains("0:eth0 2+1  tx_several_slaves\n"), "{text}");
         assert!(!text.contains("10.0.0.11:1 "), "{text}");
         assert!(!text.contains("warning"), "{text}");
+        assert!(text.contains("The flows, the worst 1 of them ("), "{text}");
+    }
+
+    #[test]
+    fn overhead_is_stated_as_far_as_it_is_known() {
+        let text = report(Counters::default(), true).to_string();
+        let line = "Overhead: 1 BPF programs ran 8 times, 1000 ns a packet, \
+                    0.12 % of one CPU's time; 4 kB of kernel memory\n";
+        assert!(text.contains(line), "{text}");
+        let text = report(Counters::default(), false).to_string();
+        assert!(
+            text.contains("Overhead: 1 BPF programs; 4 kB of kernel memory\nwarning: how long"),
+            "{text}"
+        );
     }
 
     #[test]
     fn what_is_lost_is_told() {
-        let report = report(Counters {
+        let counters = Counters {
             lost_connections: 3,
             unparsed: 2,
             ..Counters::default()
-        });
+        };
+        let report = report(counters, true);
         assert_eq!(report.warnings.len(), 2);
         assert!(
             report
