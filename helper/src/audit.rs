@@ -151,8 +151,7 @@ impl Audit {
             thread::sleep(NAP.min(self.duration.saturating_sub(start.elapsed())));
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
-                let seconds = start.elapsed().as_secs();
-                machine.refresh(&host, &bonds, seconds, &mut warnings);
+                machine.refresh(&host, &bonds, &mut warnings);
                 probe.watch(&machine.indexes())?;
                 for flow in probe.replaced().into_iter().chain(probe.sweep(SETTLED)?) {
                     tally.add(flow, &machine.binding);
@@ -165,6 +164,7 @@ impl Audit {
         }
         let seconds = start.elapsed();
         probe.watch(&BTreeSet::new())?;
+        machine.refresh(&host, &bonds, &mut warnings);
         for flow in probe.replaced().into_iter().chain(probe.flows()?) {
             tally.add(flow, &machine.binding);
         }
@@ -296,18 +296,13 @@ impl Machine {
     }
 
     /// Look again. Flows are judged by the latest binding, so a change must be told.
-    fn refresh(
-        &mut self,
-        host: &Host,
-        names: &[String],
-        seconds: u64,
-        warnings: &mut BTreeSet<String>,
-    ) {
+    fn refresh(&mut self, host: &Host, names: &[String], warnings: &mut BTreeSet<String>) {
         let mut now = Self::read(host, names);
         if now.binding != self.binding {
-            warnings.insert(format!(
-                "which slaves CPUs are bound to has changed, the first time after {seconds} s: flows before a change are judged by what came after it"
-            ));
+            warnings.insert(
+                "which slaves CPUs are bound to has changed: flows are judged by the latest"
+                    .to_string(),
+            );
         }
         if now.present != self.present {
             warnings.insert("slaves have come or gone".to_string());
@@ -471,7 +466,7 @@ mod tests {
 
         let mut warnings = BTreeSet::new();
         let mut look = |machine: &mut Machine| {
-            machine.refresh(&fake.host(), &["bond0".to_string()], 3, &mut warnings);
+            machine.refresh(&fake.host(), &["bond0".to_string()], &mut warnings);
             warnings.len()
         };
         assert_eq!(look(&mut machine), 0);
