@@ -8,6 +8,7 @@ use aya::programs::{BtfTracePoint, FEntry, FExit, Program};
 use aya::{Btf, Ebpf, EbpfLoader, Pod};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error as _;
 use std::fmt::Display;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -244,8 +245,12 @@ impl Probe {
     pub fn load(host: &Host, options: &Options<'_>) -> Result<Self> {
         check_privilege(host)?;
         let btf = Btf::from_sys_fs().map_err(|error| {
-            unsupported("/sys/kernel/btf/vmlinux", error)
-                .fix("use a kernel with CONFIG_DEBUG_INFO_BTF=y, as distributions' are")
+            let cause = error.source().map(|cause| format!(": {cause}"));
+            unsupported(
+                "type information of the kernel",
+                format_args!("{error}{}", cause.unwrap_or_default()),
+            )
+            .fix("use a kernel with CONFIG_DEBUG_INFO_BTF=y, as distributions' are")
         })?;
         let netns = netns()?;
         let mut ports = [0u16; MAX_PORTS];
