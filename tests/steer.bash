@@ -10,6 +10,8 @@ PUBLIC=80
 SERVER_IP6=fd00::1
 # Each client has an address of both families: 10.0.0.11..18, fd00::11..18.
 CLIENTS=({11..18})
+# Connections of each at a time. With more than one ab may open more than it counts.
+AT_ONCE=2
 
 # steer_up: a bond whose slave K is received on CPU K, both families.
 steer_up() {
@@ -88,7 +90,7 @@ load() {
 	url=http://$to:$PUBLIC/
 	[[ $to != *:* ]] || prefix=fd00:: url=http://[$to]:$PUBLIC/
 	peer_do "for last in ${CLIENTS[*]}; do
-			ab -q -r -s 20 -n $count -c 2 -B $prefix\$last $url >/tmp/ab.\$last 2>&1 &
+			ab -q -r -s 20 -n $count -c $AT_ONCE -B $prefix\$last $url >/tmp/ab.\$last 2>&1 &
 		done; wait; cat /tmp/ab.1?" >"$STEER/ab"
 	awk '/^Complete requests:/ { ok += $3 } /^Failed requests:/ { bad += $3 }
 		END { print ok + 0, bad + 0 }' "$STEER/ab"
@@ -139,11 +141,16 @@ steered() {
 		[ "$(jq -r '[.table[].cpu] | join(" ")' /run/cpubond/steer/web.json)" = "0 1 2 3" ]
 }
 
+# daemon_of CPU: the processes of its nginx, master and worker.
+daemon_of() {
+	pgrep -f "conf[.]$1( |\$)" | while read -r pid; do pgrep -P "$pid"; echo "$pid"; done |
+		sort -u | while read -r pid; do [ "$(cat "/proc/$pid/comm")" != nginx ] || echo "$pid"; done
+}
+
 # killed CPU: its daemon dies, master, worker and all, at once.
 killed() {
 	local pids
-	pids=$(pgrep -f "conf[.]$1( |\$)" | while read -r pid; do pgrep -P "$pid"; echo "$pid"; done |
-		sort -u | while read -r pid; do [ "$(cat "/proc/$pid/comm")" != nginx ] || echo "$pid"; done)
+	pids=$(daemon_of "$1")
 	[ -n "$pids" ] || fail "CPU $1 has no daemon to kill"
 	# One may be gone by itself already, after the other.
 	# shellcheck disable=SC2086 # a list of words
@@ -171,11 +178,11 @@ under_load() {
 	check_le "connections reset with the daemon" "$failed" "$RESET_AT_MOST"
 }
 
-# ended: the service stops on SIGTERM; nothing of it is left.
+# ended: the service stops on SIGTERM, if it has not ended yet; nothing of it is left.
 ended() {
 	local pid
 	pid=$(<"$STEER/supervisor")
-	kill "$pid"
+	kill "$pid" || :
 	wait_for 30 eval "! kill -0 $pid"
 	tail -3 "$STEER/log"
 	! pgrep -x nginx || fail "nginx is still there"
