@@ -27,16 +27,17 @@ pub struct Echo {
     /// What to call this server
     #[arg(long)]
     tag: String,
+    /// Answer datagrams only, with SO_REUSEPORT
+    #[arg(long)]
+    udp_reuseport: bool,
 }
 
 impl Echo {
     /// Until killed.
     pub fn run(&self) -> Result<ExitCode> {
         let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, self.port));
-        let tcp = TcpListener::bind(any).with_context(|| format!("TCP port {}", self.port))?;
-        let udp = UdpSocket::bind(any).with_context(|| format!("UDP port {}", self.port))?;
         let tag = self.tag.clone();
-        thread::spawn(move || -> io::Result<()> {
+        let datagrams = move |udp: UdpSocket| -> io::Result<()> {
             let mut bytes = [0; ANSWER];
             loop {
                 let (_, from) = udp.recv_from(&mut bytes)?;
@@ -44,7 +45,17 @@ impl Echo {
                 // Whoever asked may be gone.
                 let _ = udp.send_to(line.as_bytes(), from);
             }
-        });
+        };
+        if self.udp_reuseport {
+            let udp = rustix::net::socket(AddressFamily::INET6, SocketType::DGRAM, None)?;
+            sockopt::set_socket_reuseport(&udp, true)?;
+            rustix::net::bind(&udp, &any).with_context(|| format!("UDP port {}", self.port))?;
+            datagrams(udp.into())?;
+            return Ok(ExitCode::FAILURE);
+        }
+        let tcp = TcpListener::bind(any).with_context(|| format!("TCP port {}", self.port))?;
+        let udp = UdpSocket::bind(any).with_context(|| format!("UDP port {}", self.port))?;
+        thread::spawn(move || datagrams(udp));
         loop {
             let (mut stream, _) = tcp.accept()?;
             let line = format!(
