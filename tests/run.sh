@@ -265,7 +265,36 @@ configured() {
 	ended 0
 }
 
-ktap_plan 8
+# `cpubond undo` ends a service, and what a cpubond run that was killed has left of one.
+undone() {
+	local method killed all
+	for method in nat sk_lookup; do
+		for killed in "" killed; do
+			prepare
+			start --cpus 0-1 --steer "$method" -- lighttpd -D -f "$CONF"
+			wait_for 30 has live 2
+			all=$(family "$RUN")
+			[ "$(in_kernel)" != "0 0 0" ] || fail "$method: nothing is in the kernel"
+			if [ -n "$killed" ]; then
+				kill -9 "$RUN"
+				wait "$RUN" || :
+			fi
+			check_match "output of undo" "$(cpubond undo)" "^$NAME: service ended"
+			[ -n "$killed" ] || ended 0
+			# shellcheck disable=SC2086 # a list of words
+			wait_for 20 all_gone $all
+			check_eq "left in /run/cpubond/steer" "$(ls /run/cpubond/steer)" ""
+			check_eq "left in the kernel by $method $killed" "$(in_kernel)" "0 0 0"
+			check_eq "steer list" "$(cpubond steer list)" "no services"
+		done
+	done
+}
+# in_kernel: lines of nft rules, BPF links, files in the BPF file system.
+in_kernel() {
+	echo "$(nft list ruleset | wc -l) $(bpftool -j link | jq length) $(find /sys/fs/bpf -mindepth 1 | wc -l)"
+}
+
+ktap_plan 9
 ktap_run "each daemon is pinned with all it starts, and its words are filled in" pinned
 ktap_run "what is killed is started again, and leaves nothing behind" restarted
 ktap_run "SIGTERM stops all processes and removes all traces" stopped
@@ -274,4 +303,5 @@ ktap_run "a daemon that fails waits longer each time, and is given up" gives_up
 ktap_run "no process outlives a cpubond that is killed" killed
 ktap_run "output is passed on by the line, and none is lost" output
 ktap_run "a service of the configuration runs" configured
+ktap_run "undo removes a service, and what is left of one" undone
 ktap_finished
