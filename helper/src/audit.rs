@@ -52,8 +52,10 @@ const SETTLED: Duration = Duration::from_secs(5);
           app_other_cpu       the application runs on another CPU than the one that receives\n  \
           app_several_cpus\n  \
           tx_other_cpu        sent by another CPU than the one that receives\n  \
+          tx_several_cpus     (late ACKs and retransmissions too: timers of a CPU that sleeps may \
+        run on another; --stacks tells)\n  \
           tx_other_slave      sent by a slave that is not the CPU's\n  \
-          tx_fallback_slave, tx_several_cpus, tx_several_slaves\n  \
+          tx_fallback_slave, tx_several_slaves\n  \
           rx_unseen, app_unseen, tx_unseen\n\n\
         Connections seen from SYN to end are complete; those that were open before or are open \
         after are partial, and judged by what was seen. Nothing is lost silently: connections \
@@ -327,6 +329,9 @@ impl Machine {
             .iter()
             .map(|bond| {
                 let sum = |pick: fn(&(u64, u64)) -> u64| -> Option<u64> {
+                    if bond.source != Source::CpuBoundMap {
+                        return None;
+                    }
                     bond.slaves
                         .iter()
                         .map(|slave| {
