@@ -60,6 +60,7 @@ pub fn report(connections: u16, foreign_app: usize, foreign_tx: usize) -> String
             map_bytes: 0,
             probes: Vec::new(),
             ns_per_packet: None,
+            cpu_share: None,
         },
         None,
         BTreeSet::new(),
