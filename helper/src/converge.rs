@@ -556,6 +556,7 @@ impl Steps<'_> {
                 let (bond, name) = (bond.clone(), name.to_string());
                 made_up.push((Item::Option { bond, name }, default.into()));
             }
+            made_up.push((Item::Up { link: bond.clone() }, DOWN.into()));
         }
         if let Item::Master { link } = &change.item {
             // The bond opens its slaves, and closes them when it lets go.
