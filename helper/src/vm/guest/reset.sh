@@ -11,6 +11,15 @@ for _ in {1..100}; do
 	sleep 0.1
 done
 pkill -KILL -f '^cpubond keep ' && rc=1
+# A container, with all that is in it; to its end, or new NICs would be its udev's.
+if pkill -KILL -x 'systemd|systemd-udevd'; then
+	for _ in {1..100}; do
+		pgrep -x 'systemd|systemd-udevd' >/dev/null || break
+		sleep 0.1
+	done
+	umount /sys/fs/cgroup
+	rm -rf /run/systemd /run/udev
+fi
 
 for online in /sys/devices/system/cpu/cpu*/online; do
 	[ "$(<"$online")" = 1 ] || echo 1 >"$online" || rc=1
@@ -22,7 +31,7 @@ for event in /sys/kernel/tracing/events/net/*/trigger; do
 	done
 done
 # What `cpubond up` wrote down is about a bond that goes now.
-rm -rf /run/cpubond
+rm -rf /run/cpubond /etc/cpubond
 nft flush ruleset 2>/dev/null
 sysctl -qw net.ipv6.conf.lo.disable_ipv6=1
 
