@@ -15,7 +15,10 @@ PACKAGES=(
 	iproute2 ethtool iputils-ping lighttpd nginx nftables irqbalance udev tcpdump jq iperf3
 	strace bpftool
 )
-PROGRAMS=(/usr/bin/ab)
+PROGRAMS=(/usr/bin/ab /usr/bin/systemctl /usr/lib/systemd/systemd{,-executor,-udevd})
+
+# Units for tests that have systemd in a container.
+UNITS=('*.target' irqbalance.service 'systemd-udevd*')
 
 # Modules by name, or whole folders below the modules' `kernel/`; what they depend
 # on comes along.
@@ -39,7 +42,7 @@ if [ ! -d "$image" ]; then
 	trap 'rm -rf "$tmp"' EXIT
 	IN_ROOT_BIND=$tmp:/mnt step "make the guest image (half a minute, 100 MB)" "$CACHE/log/guest-image.log" \
 		in_root bash -euo pipefail -c '
-			kernel=$1 packages=$2 programs=$3 modules=$4
+			kernel=$1 packages=$2 programs=$3 modules=$4 units=$5
 			stage=$(mktemp -d)
 			trap "rm -rf \"\$stage\"" EXIT
 			cd "$stage"
@@ -54,6 +57,7 @@ if [ ! -d "$image" ]; then
 					dpkg -L "$p" | grep -E "^(/usr)?/s?bin/." || :
 				done
 				ls /usr/lib/lighttpd/*.so
+				(cd /usr/lib/systemd/system && ls -d $units) | sed s,^,/usr/lib/systemd/system/,
 			} | sed -E "s,^/(s?bin)/,/usr/\1/," | sort -u >"$list"
 			{
 				cat "$list"
@@ -99,7 +103,7 @@ if [ ! -d "$image" ]; then
 			du -sh .
 			find . -mindepth 1 | sort | cpio --quiet -o -H newc -R 0:0 --reproducible >/mnt/base.cpio
 			cp "/boot/vmlinuz-$kernel" /mnt/vmlinuz
-		' guest-image "$kernel" "${PACKAGES[*]}" "${PROGRAMS[*]}" "${MODULES[*]}"
+		' guest-image "$kernel" "${PACKAGES[*]}" "${PROGRAMS[*]}" "${MODULES[*]}" "${UNITS[*]}"
 	echo "$kernel" >"$tmp/kernel"
 	echo "$root" >"$tmp/root"
 	mv "$tmp" "$image"
