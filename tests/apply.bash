@@ -96,7 +96,7 @@ exits() {
 
 # slowly ARG... CMD...: strace with these arguments, on one CPU with what it traces:
 # it stops at each call, and to wake another CPU each time takes long here.
-slowly() { taskset -c 0 strace -f -qq -o "$TRACE" "$@"; }
+slowly() { taskset -c 0 strace -qq -o "$TRACE" "$@"; }
 
 # lines TEXT: how many.
 lines() { grep -c . <<<"$1" || :; }

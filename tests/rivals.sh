@@ -77,7 +77,7 @@ banned() {
 	own=$(config_irq eth1)
 	echo 0-3 >"/proc/irq/$own/smp_affinity_list"
 	balance "--banirq=$own"
-	exits 0 slowly --seccomp-bpf -s 4096 -e trace=sendmsg cpubond apply --ban-irqbalance
+	exits 0 slowly -f --seccomp-bpf -s 4096 -e trace=sendmsg cpubond apply --ban-irqbalance
 	sent=$(grep -o 'settings ban irqs [0-9 ]*' "$TRACE" | tail -n 1)
 	for irq in "$own" $(ours); do
 		check_match "the last list sent" "$sent " " $irq "
@@ -118,7 +118,7 @@ unbanned() {
 	local own irq
 	own=$(config_irq eth1)
 	irq=$(nic_irqs eth0 | head -n 1)
-	exits 0 slowly --seccomp-bpf -s 4096 -e trace=sendmsg cpubond undo
+	exits 0 slowly -f --seccomp-bpf -s 4096 -e trace=sendmsg cpubond undo
 	check_eq "the last list sent" "$(grep -o 'settings ban irqs [0-9 ]*' "$TRACE" | tail -n 1)" "settings ban irqs $own"
 	echo 0-3 >"/proc/irq/$irq/smp_affinity_list"
 	rethinks
