@@ -11,7 +11,7 @@
 # shell runs its own `ip` ahead of iproute2's and makes tests pass or fail for
 # nothing.
 PACKAGES=(
-	bash coreutils sed grep mawk findutils diffutils hostname procps util-linux mount kmod
+	bash dash coreutils sed grep mawk findutils diffutils hostname procps util-linux mount kmod
 	iproute2 ethtool iputils-ping lighttpd nginx nftables irqbalance udev tcpdump jq iperf3
 	strace bpftool
 )
