@@ -49,9 +49,8 @@ boot() {
 
 # shut_down: what is in the container ends with its first process, a moment later.
 shut_down() {
-	local try
 	kill -KILL "$INIT"
-	for try in {1..100}; do
+	for _ in {1..100}; do
 		! umount /sys/fs/cgroup || break
 		sleep 0.1
 	done 2>/dev/null
