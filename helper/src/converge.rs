@@ -767,14 +767,14 @@ mod tests {
     fn the_plan_is_what_is_done() {
         let fake = machine();
         let mut kernel = FakeKernel::new(&fake);
-        let items = |plan: &Plan| -> Vec<(Item, String)> {
+        let items = |plan: &Plan| -> Vec<(Item, String, String)> {
             let index = |change: &Change| match change.item {
                 Item::Bond { .. } if change.after != NOTHING => "index".to_string(),
                 _ => change.after.clone(),
             };
             plan.changes
                 .iter()
-                .map(|change| (change.item.clone(), index(change)))
+                .map(|change| (change.item.clone(), change.before.clone(), index(change)))
                 .collect()
         };
         for text in [FIRST, SECOND, FIRST, ""] {
