@@ -30,10 +30,10 @@ killed_at() {
 
 # writes: of what `slowly` has traced, those calls that change anything, as "CALL N".
 writes() {
-	awk '{ call = $0; sub(/\(.*/, "", call); n[call]++ }
-		/^write\([12],/ { next }
-		/^sendto/ && !/RTM_(NEW|SET|DEL)/ { next }
-		/^(write|sendto|rename|unlink)\(/ { print call, n[call] }' "$TRACE"
+	sed -E "/$CHANGES/s/^/change /" "$TRACE" |
+		awk '{ call = $0; sub(/^change /, "", call); sub(/\(.*/, "", call); n[call]++ }
+			/^write\([12],/ { next }
+			/^(write|rename|unlink)\(|^change / { print call, n[call] }'
 }
 
 # undone: `cpubond undo` restores all, and has nothing to report.
