@@ -95,13 +95,12 @@ exits() {
 }
 
 # slowly ARG... CMD...: strace with these arguments, on one CPU with what it traces:
-# it stops at each call, and to wake another CPU each time takes long here. What is no
-# text is in hexadecimal.
-slowly() { taskset -c 0 strace -x -qq -o "$TRACE" "$@"; }
+# it stops at each call, and to wake another CPU each time takes long here.
+slowly() { taskset -c 0 strace -qq -o "$TRACE" "$@"; }
 
 # Of such a trace, requests that change anything: RTM_NEWLINK, DELLINK, SETLINK, NEWADDR
-# and DELADDR, by the type in the header.
-CHANGES='^sendto\([0-9]+, "\\x..\\x..\\x..\\x..\\x(10|11|13|14|15)\\x00'
+# and DELADDR. By number where strace cannot find out which netlink it is.
+CHANGES='^sendto\(.*nlmsg_type=(RTM_(NEW|SET|DEL)|0x1[01345] )'
 
 # lines TEXT: how many.
 lines() { grep -c . <<<"$1" || :; }

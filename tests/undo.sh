@@ -60,10 +60,10 @@ apply_killed() {
 		sum=$((sum + ${OUT%% *}))
 		[ "${OUT%% *}" -le "$most" ] || most=${OUT%% *}
 	done </tmp/writes
-	note "killed at ${kills[write]} write, ${kills[rename]} rename, ${kills[sendto]} sendto; $sum changes taken back, up to $most at a time"
+	note "killed at ${kills[write]} write, ${kills[rename]} rename, ${kills[sendto]:-0} sendto; $sum changes taken back, up to $most at a time"
 	# Twelve changes and the end of it, each written down before; six are by netlink.
 	check_ge "kills at rename" "${kills[rename]}" 13
-	check_ge "kills at sendto" "${kills[sendto]}" 6
+	check_ge "kills at sendto" "${kills[sendto]:-0}" 6
 	check_ge "kills at write" "${kills[write]}" 20
 	check_ge "changes taken back at most" "$most" 8
 }
