@@ -2,6 +2,7 @@
 
 mod apply;
 mod audit;
+mod bench;
 mod bind;
 mod bond;
 mod change;

@@ -57,6 +57,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         nics: args.nics,
         queues: args.queues,
         sockets: 1,
+        profiler: false,
     };
     eprintln!("cpubond: boot server and peer");
     let lab = Lab::boot(&host, &topology, machine::probe(&host), true)?;

@@ -14,6 +14,8 @@ pub struct Topology {
     pub queues: u32,
     /// CPU sockets of the server, each a NUMA node.
     pub sockets: u32,
+    /// Whether the server runs under the profiler.
+    pub profiler: bool,
 }
 
 impl Default for Topology {
@@ -23,6 +25,7 @@ impl Default for Topology {
             nics: 4,
             queues: 1,
             sockets: 1,
+            profiler: false,
         }
     }
 }
@@ -74,6 +77,7 @@ impl Wanted {
                 "nics" => topology.nics = number(24)?,
                 "queues" => topology.queues = number(16)?,
                 "sockets" => topology.sockets = number(8)?,
+                "profiler" => topology.profiler = number(1)? == 1,
                 "timeout" => wanted.timeout = Duration::from_secs(number(3600)?.into()),
                 "peer" => match value {
                     "balance-xor" | "802.3ad" | "none" => value.clone_into(&mut wanted.peer),
@@ -103,7 +107,7 @@ mod tests {
     #[test]
     fn each_key_is_read() {
         let wanted = Wanted::parse(
-            "#!/bin/bash\n# About.\n# vm: cpus=8 nics=2 queues=4 sockets=2 peer=none timeout=9\n",
+            "#!/bin/bash\n# About.\n# vm: cpus=8 nics=2 queues=4 sockets=2 profiler=1 peer=none timeout=9\n",
         )
         .expect("parses");
         assert_eq!(
@@ -112,7 +116,8 @@ mod tests {
                 cpus: 8,
                 nics: 2,
                 queues: 4,
-                sockets: 2
+                sockets: 2,
+                profiler: true
             }
         );
         assert_eq!(wanted.peer, "none");

@@ -1,0 +1,7 @@
+//! The part of the profiler that knows nothing of QEMU: what a conflict and a transfer
+//! is, how accesses are replayed in other orders, what a function's work is part of, and
+//! the files that plugin and helper exchange.
+
+pub mod class;
+pub mod counts;
+pub mod region;
