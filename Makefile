@@ -5,6 +5,7 @@
 #   make test     all tests, on this host and in the lab
 #   make modules  bonding.ko and bond_cpu_bound.ko into target/modules (KDIR=, KSRC=)
 #   make helper   the static binary `cpubond`
+#   make profiler the plugin that counts, for `cpubond bench`
 #   make man      the manual pages into target/man
 #   make install  the helper, its manual, units and udev rule (PREFIX=/usr/local, DESTDIR=)
 #   make lint     formatting, clippy, shellcheck, checkpatch, sparse
@@ -24,7 +25,7 @@ all: modules helper
 demo: modules helper
 	$(CPUBOND) vm demo
 
-test: modules helper
+test: modules helper profiler
 	scripts/test.sh $(CPUBOND)
 
 modules:
@@ -32,6 +33,9 @@ modules:
 
 helper:
 	scripts/helper.sh
+
+profiler:
+	scripts/profiler.sh
 
 man: helper
 	$(CPUBOND) man target/man
@@ -56,6 +60,6 @@ vm: modules helper
 clean:
 	rm -rf target
 
-.PHONY: all demo test modules helper man install lint vm clean
+.PHONY: all demo test modules helper profiler man install lint vm clean
 # Each part uses all cores by itself.
 .NOTPARALLEL:

@@ -18,6 +18,8 @@ pub mod image;
 mod ktap;
 pub mod lab;
 pub mod machine;
+mod mark;
+mod micro;
 mod setup;
 mod shell;
 mod test;
@@ -48,10 +50,16 @@ pub enum VmCommand {
     /// In a guest: ask the host for something
     #[command(hide = true)]
     Call {
-        /// `run server|peer CMD`, or `link ethK on|off`
+        /// `run server|peer CMD`, `link ethK on|off`, or `profile arm|status|show ARG`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// In a guest: open and close a region that the profiler counts
+    #[command(subcommand, hide = true)]
+    Mark(mark::MarkCommand),
+    /// In a guest: a program with known figures, to test the profiler by
+    #[command(hide = true)]
+    Micro(micro::Args),
     /// In a guest: traffic that counts what becomes of it
     #[command(subcommand, hide = true)]
     Traffic(traffic::TrafficCommand),
@@ -67,6 +75,8 @@ pub fn run(command: &VmCommand) -> ExitCode {
         VmCommand::Ask(ask) => ask.run(),
         VmCommand::Agent => agent::run(),
         VmCommand::Call { args } => agent::call(args),
+        VmCommand::Mark(command) => mark::run(command),
+        VmCommand::Micro(args) => micro::run(args),
         VmCommand::Traffic(command) => traffic::run(command),
     };
     result.unwrap_or_else(|error| {

@@ -13,14 +13,31 @@
 //! What the figures are not: they say nothing of cycles per instruction, of hardware cache
 //! misses and of throughput; interconnect, DMA and prefetch are not modelled.
 
+use crate::vm::guest::Guest;
 use crate::vm::lab::Lab;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use profiler_model::counts::Counts;
+use profiler_model::region::{REGION_FILE, STATUS_FILE, SYMBOLS_FILE};
+use profiler_model::replay;
+use profiler_model::trace::{self, Stream};
 use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::BufReader;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 pub use profiler_model::class::Class;
 pub use profiler_model::counts::{Count, FunctionCount, RangeCount, Replay};
 #[expect(unused_imports, reason = "for the benchmarks")]
 pub use profiler_model::region::{Region, Window};
+
+/// For a marker, at whose end the counts are written.
+const MARK: Duration = Duration::from_secs(120);
+/// For the kernel's symbols, a few MB.
+const SYMBOLS: Duration = Duration::from_secs(60);
+/// The status before the plugin has seen a marker.
+const UNSEEN: &str = "QEMU has seen no marker; is it the plugin's?";
 
 /// What was counted in one region.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,6 +53,9 @@ pub struct Profile {
     pub functions: Vec<FunctionCount>,
     /// As [`Region::ranges`] asked.
     pub ranges: Vec<RangeCount>,
+    /// Path instructions of the packet in the middle, were they sorted; none when there
+    /// were no whole packets. What an interrupt or a full queue adds now and then is not in it.
+    pub median_insns: Option<u32>,
     /// The figure that does not depend on the host's scheduling.
     pub replay: Replay,
 }
@@ -52,6 +72,30 @@ pub struct PerPacket {
 }
 
 impl Profile {
+    fn new(cpus: u32, counts: Counts, streams: &[Stream]) -> Self {
+        let whole: Vec<u64> = counts
+            .packet_insns
+            .iter()
+            .map(|packets| packets.len() as u64)
+            .collect();
+        // In a region that counts as a whole, the last packet of each CPU does too.
+        let packets = match counts.window {
+            Window::Packets => whole,
+            Window::Region => counts.marks,
+        };
+        let mut insns = counts.packet_insns.concat();
+        insns.sort_unstable();
+        Self {
+            label: counts.label,
+            cpus,
+            replay: replay::replay(streams, packets.iter().sum()),
+            packets,
+            functions: counts.functions,
+            ranges: counts.ranges,
+            median_insns: insns.get(insns.len() / 2).copied(),
+        }
+    }
+
     /// Packets (or requests) on all CPUs.
     pub fn total_packets(&self) -> u64 {
         self.packets.iter().sum()
@@ -132,25 +176,119 @@ impl Profile {
 /// Opens and closes regions of one lab.
 pub struct Profiler<'a> {
     lab: &'a Lab,
+    exchange: &'a Exchange,
+    /// Label of the open region.
+    open: Option<String>,
 }
 
 impl<'a> Profiler<'a> {
     /// Of a lab that was booted with `profiler` in its topology.
     pub fn of(lab: &'a Lab) -> Result<Self> {
-        if !lab.topology().profiler {
-            bail!("this lab was booted without the profiler");
-        }
-        Ok(Self { lab })
+        let exchange = lab
+            .profile()
+            .ok_or_else(|| anyhow!("this lab was booted without the profiler"))?;
+        Ok(Self {
+            lab,
+            exchange,
+            open: None,
+        })
     }
 
     /// From here on it is counted. One region at a time.
-    pub fn open(&mut self, _region: &Region) -> Result<()> {
-        let _ = self.lab;
-        bail!("not there yet")
+    pub fn open(&mut self, region: &Region) -> Result<()> {
+        let guest = self.lab.server();
+        self.exchange.arm(guest, region)?;
+        guest.output("cpubond vm mark open-armed", MARK)?;
+        self.exchange.status("open")?;
+        self.open = Some(region.label.clone());
+        Ok(())
     }
 
     /// Up to here it was counted.
     pub fn close(&mut self) -> Result<Profile> {
-        bail!("not there yet")
+        let label = self
+            .open
+            .take()
+            .ok_or_else(|| anyhow!("no region of the profiler is open"))?;
+        self.lab.server().output("cpubond vm mark close", MARK)?;
+        self.exchange.read(&label)
+    }
+}
+
+/// The directory that the helper and the plugin in the server's QEMU exchange files in.
+pub struct Exchange {
+    dir: PathBuf,
+    cpus: u32,
+    /// The kernel's own symbols do not change while it runs; those of modules do.
+    symbols: Mutex<Option<Symbols>>,
+}
+
+/// What the plugin was last given, and for which modules.
+struct Symbols {
+    modules: String,
+}
+
+impl Exchange {
+    /// In a directory that is there, of a server with some CPUs.
+    pub fn new(dir: PathBuf, cpus: u32) -> Self {
+        Self {
+            dir,
+            cpus,
+            symbols: Mutex::default(),
+        }
+    }
+
+    /// Tell the plugin what the marker that comes next is to open.
+    pub fn arm(&self, server: &Guest, region: &Region) -> Result<()> {
+        region.check().map_err(anyhow::Error::msg)?;
+        self.refresh_symbols(server)?;
+        let put = |name: &str, text: &str| {
+            let path = self.dir.join(name);
+            fs::write(&path, text).with_context(|| path.display().to_string())
+        };
+        put(REGION_FILE, &serde_json::to_string(region)?)?;
+        // So that a marker nobody sees does not pass for one that was.
+        put(STATUS_FILE, UNSEEN)
+    }
+
+    /// Whether the last marker did what it should.
+    pub fn status(&self, what: &str) -> Result<()> {
+        let path = self.dir.join(STATUS_FILE);
+        let status = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        if !status.is_empty() {
+            bail!("profiler: cannot {what} the region: {status}");
+        }
+        Ok(())
+    }
+
+    /// What was counted in a region that is closed.
+    pub fn read(&self, label: &str) -> Result<Profile> {
+        let path = Region::counts_file(&self.dir, label);
+        let text = fs::read_to_string(&path)
+            .with_context(|| format!("{}: no region '{label}' was counted", path.display()))?;
+        let counts: Counts =
+            serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        let path = Region::trace_file(&self.dir, label);
+        let file = File::open(&path).with_context(|| path.display().to_string())?;
+        let streams =
+            trace::read(&mut BufReader::new(file)).with_context(|| path.display().to_string())?;
+        Ok(Profile::new(self.cpus, counts, &streams))
+    }
+
+    fn refresh_symbols(&self, server: &Guest) -> Result<()> {
+        let mut known = self.symbols.lock().unwrap_or_else(PoisonError::into_inner);
+        // BPF programs come and go without a module; their names hold a hash.
+        let modules = server.output(
+            "cut -d' ' -f1,6 /proc/modules; bpftool prog list 2>/dev/null",
+            MARK,
+        )?;
+        if known.as_ref().is_some_and(|known| known.modules == modules) {
+            return Ok(());
+        }
+        let text = server.output("cpubond vm mark symbols", SYMBOLS)?;
+        let path = self.dir.join(SYMBOLS_FILE);
+        fs::write(&path, text.replace(';', "\n")).with_context(|| path.display().to_string())?;
+        *known = Some(Symbols { modules });
+        Ok(())
     }
 }

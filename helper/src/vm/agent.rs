@@ -180,7 +180,8 @@ impl Agent {
 }
 
 /// `cpubond vm call ARG…`: ask the host, show what it answers.
-pub fn call(args: &[String]) -> Result<ExitCode> {
+pub fn call(args: &[impl AsRef<str>]) -> Result<ExitCode> {
+    let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
     let mut agent = UnixStream::connect(SOCKET)
         .with_context(|| format!("{SOCKET}: no agent here; `vm call` works in a guest only"))?;
     wire::send(&mut agent, &args)?;

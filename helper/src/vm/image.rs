@@ -116,6 +116,15 @@ impl Host {
         ]
     }
 
+    /// The profiler, which QEMU loads.
+    pub fn profiler(&self) -> Result<PathBuf> {
+        let path = self.checkout.join("target/release/libprofiler.so");
+        if !path.is_file() {
+            bail!("{}: not there; run 'make profiler'", path.display());
+        }
+        Ok(path)
+    }
+
     /// Where QEMU finds its firmware.
     pub fn firmware(&self) -> [String; 2] {
         ["usr/share/seabios", "usr/share/qemu"]

@@ -5,6 +5,7 @@ use super::image::{Host, Role};
 use super::machine::{Accel, Cable, Machine};
 use super::topology::Topology;
 use super::wire::Stream;
+use crate::bench::profile::Exchange;
 use anyhow::{Context, Result, anyhow, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -26,6 +27,7 @@ pub struct Lab {
     server: Arc<Guest>,
     peer: Arc<Guest>,
     topology: Topology,
+    profile: Option<Arc<Exchange>>,
     dir: TempDir,
     _wiring: Option<Wiring>,
 }
@@ -55,6 +57,8 @@ impl Lab {
     }
 
     fn boot_once(host: &Host, topology: &Topology, accel: Accel, shell: bool) -> Result<Self> {
+        // The profiler sees what is emulated.
+        let accel = if topology.profiler { Accel::Tcg } else { accel };
         // A short path: names of unix sockets end at 107 bytes.
         let dir = tempfile::Builder::new()
             .prefix("cpubond-")
@@ -71,6 +75,13 @@ impl Lab {
         // Weak: the lab alone keeps the machines running.
         let parts: Arc<OnceLock<Parts>> = Arc::default();
         let for_calls = Arc::clone(&parts);
+        let profile = topology.profiler.then(|| {
+            Arc::new(Exchange::new(
+                super::machine::profile_dir(dir.path()),
+                topology.cpus,
+            ))
+        });
+        let for_profile = profile.clone();
         let calls: Arc<Calls> = Arc::new(move |args, show| {
             let (machines, server, peer) = for_calls
                 .get()
@@ -78,7 +89,7 @@ impl Lab {
             let machines = machines
                 .upgrade()
                 .ok_or_else(|| anyhow!("the lab is ending"))?;
-            serve_call(args, &machines, server, peer, show)
+            serve_call(args, &machines, server, peer, for_profile.as_deref(), show)
         });
 
         let start = |role| Machine::start(host, role, topology, accel, &cable, dir.path(), shell);
@@ -138,6 +149,7 @@ impl Lab {
             server,
             peer,
             topology: topology.clone(),
+            profile,
             dir,
             _wiring: wiring,
         })
@@ -156,6 +168,11 @@ impl Lab {
     /// What was booted.
     pub fn topology(&self) -> &Topology {
         &self.topology
+    }
+
+    /// What the profiler is told and tells, where the server runs under it.
+    pub fn profile(&self) -> Option<&Exchange> {
+        self.profile.as_deref()
     }
 
     /// The socket of a machine's shell.
@@ -219,6 +236,7 @@ fn serve_call(
     machines: &Machines,
     server: &Guest,
     peer: &Guest,
+    profile: Option<&Exchange>,
     show: &mut dyn FnMut(Stream, &str),
 ) -> Result<i32> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -245,7 +263,23 @@ fn serve_call(
             machines.set_link(number, up)?;
             Ok(0)
         }
-        _ => bail!("want: run server|peer CMD, or link ethK on|off"),
+        ["profile", what, arg] => {
+            let profile = profile.ok_or_else(|| {
+                anyhow!("the server does not run under the profiler ('# vm: profiler=1')")
+            })?;
+            match what {
+                "arm" => profile.arm(server, &serde_json::from_str(arg)?)?,
+                "status" => profile.status(arg)?,
+                "show" => {
+                    let mut json = serde_json::to_string(&profile.read(arg)?)?;
+                    json.push('\n');
+                    show(Stream::Out, &json);
+                }
+                _ => bail!("profile {what}: want arm REGION, status WHAT, or show LABEL"),
+            }
+            Ok(0)
+        }
+        _ => bail!("want: run server|peer CMD, link ethK on|off, or profile arm|status|show ARG"),
     }
 }
 

@@ -112,6 +112,11 @@ fn qemu(host: &Host, accel: Accel, before: &[String]) -> Command {
     command
 }
 
+/// Where a lab with sockets in `dir` exchanges files with the profiler.
+pub fn profile_dir(dir: &Path) -> PathBuf {
+    dir.join("profile")
+}
+
 /// The MAC of a NIC: fixed, so that tests can name it.
 fn mac(role: Role, nic: u32) -> String {
     let machine = match role {
@@ -150,6 +155,17 @@ impl Machine {
             Cable::Taps(enter) => enter,
         };
         let mut command = qemu(host, accel, before);
+        let profiled = topology.profiler && role == Role::Server;
+        if profiled {
+            let exchange = profile_dir(dir);
+            fs::create_dir_all(&exchange).with_context(|| exchange.display().to_string())?;
+            let plugin = host.profiler()?;
+            command.arg("-plugin").arg(format!(
+                "file={},dir={}",
+                plugin.display(),
+                exchange.display()
+            ));
+        }
         command
             .args(["-m", &memory.to_string(), "-no-reboot"])
             .arg("-smp")
@@ -164,9 +180,11 @@ impl Machine {
             .arg("-append")
             // Warnings and worse on the console, where the harness looks for them.
             .arg(format!(
-                "console=ttyS0 loglevel=5 panic=-1 cpubond.vm={name} cpubond.nics={}{}",
+                "console=ttyS0 loglevel=5 panic=-1 cpubond.vm={name} cpubond.nics={}{}{}",
                 topology.nics,
-                if shell { " cpubond.shell" } else { "" }
+                if shell { " cpubond.shell" } else { "" },
+                // The same kernel has the same addresses in each boot.
+                if profiled { " nokaslr" } else { "" }
             ))
             .arg("-serial")
             .arg(format!("file:{}", console.display()))

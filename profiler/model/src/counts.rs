@@ -1,6 +1,7 @@
 //! What was counted in a region.
 
 use crate::class::Class;
+use crate::region::Window;
 use serde::{Deserialize, Serialize};
 use std::ops::{Add, AddAssign};
 
@@ -81,10 +82,41 @@ pub struct RangeCount {
 }
 
 impl RangeCount {
+    /// Add what was counted of the same range elsewhere.
+    pub fn add(&mut self, other: &Self) {
+        if other.times > 0 {
+            self.min = match self.times {
+                0 => other.min,
+                _ => self.min.min(other.min),
+            };
+            self.max = self.max.max(other.max);
+        }
+        self.times += other.times;
+        self.interrupted += other.interrupted;
+        self.insns += other.insns;
+    }
+
     /// Instructions each time, if there was one.
     pub fn mean(&self) -> Option<f64> {
         (self.times > 0).then(|| self.insns as f64 / self.times as f64)
     }
+}
+
+/// What the plugin writes of a region when it is closed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// The region's label.
+    pub label: String,
+    /// The region's window.
+    pub window: Window,
+    /// Every function that ran, by class.
+    pub functions: Vec<FunctionCount>,
+    /// As the region asked.
+    pub ranges: Vec<RangeCount>,
+    /// Path instructions of each whole packet, in order, by CPU.
+    pub packet_insns: Vec<Vec<u32>>,
+    /// Marks, by CPU.
+    pub marks: Vec<u64>,
 }
 
 /// Lowest, mean, highest.

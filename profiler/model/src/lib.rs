@@ -3,5 +3,10 @@
 //! the files that plugin and helper exchange.
 
 pub mod class;
+pub mod context;
 pub mod counts;
+pub mod line;
 pub mod region;
+pub mod replay;
+pub mod symbols;
+pub mod trace;

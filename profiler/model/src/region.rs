@@ -1,11 +1,27 @@
 //! What a region is to count, as the helper tells the plugin before the guest opens it.
 
 use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 
 /// Name of the file in the plugin's directory that holds the [`Region`] to open next.
 pub const REGION_FILE: &str = "region.json";
 /// Name of the file there that holds the guest's kernel symbols, as of /proc/kallsyms.
 pub const SYMBOLS_FILE: &str = "symbols";
+
+/// Name of the file there with what went wrong when the last region was opened or closed;
+/// empty when nothing did.
+pub const STATUS_FILE: &str = "status";
+
+/// Where a generator in the kernel hands its packet over, unless a region says otherwise.
+pub const PATH_ENTRIES: &[&str] = &[
+    "bond_start_xmit",
+    "team_xmit",
+    "virtio_net:start_xmit",
+    "dummy_xmit",
+    "__dev_queue_xmit",
+    "__dev_direct_xmit",
+    "dev_hard_start_xmit",
+];
 
 /// The displacement of the no-op that opens a region: `nopl 0x63707501(%rax,%rax,1)`.
 pub const OPEN: u32 = 0x6370_7501;
@@ -60,6 +76,16 @@ impl Region {
             marks: vec![mark.to_owned()],
             ..Self::default()
         }
+    }
+
+    /// The file of its counts in the plugin's directory.
+    pub fn counts_file(dir: &Path, label: &str) -> PathBuf {
+        dir.join(format!("{label}.json"))
+    }
+
+    /// The file of its trace there.
+    pub fn trace_file(dir: &Path, label: &str) -> PathBuf {
+        dir.join(format!("{label}.trace"))
     }
 
     /// What is wrong with it, if anything.
