@@ -29,7 +29,6 @@ use std::time::Duration;
 
 pub use profiler_model::class::Class;
 pub use profiler_model::counts::{Count, FunctionCount, RangeCount, Replay};
-#[expect(unused_imports, reason = "for the benchmarks")]
 pub use profiler_model::region::{Region, Window};
 
 /// For a marker, at whose end the counts are written.
@@ -219,13 +218,8 @@ impl<'a> Profiler<'a> {
 pub struct Exchange {
     dir: PathBuf,
     cpus: u32,
-    /// The kernel's own symbols do not change while it runs; those of modules do.
-    symbols: Mutex<Option<Symbols>>,
-}
-
-/// What the plugin was last given, and for which modules.
-struct Symbols {
-    modules: String,
+    /// Modules at the time the plugin was last given the symbols: only they change them.
+    modules: Mutex<Option<String>>,
 }
 
 impl Exchange {
@@ -234,7 +228,7 @@ impl Exchange {
         Self {
             dir,
             cpus,
-            symbols: Mutex::default(),
+            modules: Mutex::default(),
         }
     }
 
@@ -242,13 +236,14 @@ impl Exchange {
     pub fn arm(&self, server: &Guest, region: &Region) -> Result<()> {
         region.check().map_err(anyhow::Error::msg)?;
         self.refresh_symbols(server)?;
-        let put = |name: &str, text: &str| {
-            let path = self.dir.join(name);
-            fs::write(&path, text).with_context(|| path.display().to_string())
-        };
-        put(REGION_FILE, &serde_json::to_string(region)?)?;
+        self.put(REGION_FILE, &serde_json::to_string(region)?)?;
         // So that a marker nobody sees does not pass for one that was.
-        put(STATUS_FILE, UNSEEN)
+        self.put(STATUS_FILE, UNSEEN)
+    }
+
+    /// The functions of the guest's kernel, as it says.
+    pub fn put_symbols(&self, text: &str) -> Result<()> {
+        self.put(SYMBOLS_FILE, text)
     }
 
     /// Whether the last marker did what it should.
@@ -275,20 +270,24 @@ impl Exchange {
         Ok(Profile::new(self.cpus, counts, &streams))
     }
 
+    fn put(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.dir.join(name);
+        fs::write(&path, text).with_context(|| path.display().to_string())
+    }
+
     fn refresh_symbols(&self, server: &Guest) -> Result<()> {
-        let mut known = self.symbols.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         // BPF programs come and go without a module; their names hold a hash.
         let modules = server.output(
             "cut -d' ' -f1,6 /proc/modules; bpftool prog list 2>/dev/null",
             MARK,
         )?;
-        if known.as_ref().is_some_and(|known| known.modules == modules) {
+        if known.as_ref() == Some(&modules) {
             return Ok(());
         }
-        let text = server.output("cpubond vm mark symbols", SYMBOLS)?;
-        let path = self.dir.join(SYMBOLS_FILE);
-        fs::write(&path, text.replace(';', "\n")).with_context(|| path.display().to_string())?;
-        *known = Some(Symbols { modules });
+        // It calls back, with the text.
+        server.output("cpubond vm mark symbols", SYMBOLS)?;
+        *known = Some(modules);
         Ok(())
     }
 }

@@ -269,17 +269,22 @@ fn serve_call(
             })?;
             match what {
                 "arm" => profile.arm(server, &serde_json::from_str(arg)?)?,
+                "symbols" => profile.put_symbols(arg)?,
                 "status" => profile.status(arg)?,
                 "show" => {
                     let mut json = serde_json::to_string(&profile.read(arg)?)?;
                     json.push('\n');
                     show(Stream::Out, &json);
                 }
-                _ => bail!("profile {what}: want arm REGION, status WHAT, or show LABEL"),
+                _ => bail!(
+                    "profile {what}: want arm REGION, symbols TEXT, status WHAT, or show LABEL"
+                ),
             }
             Ok(0)
         }
-        _ => bail!("want: run server|peer CMD, link ethK on|off, or profile arm|status|show ARG"),
+        _ => bail!(
+            "want: run server|peer CMD, link ethK on|off, or profile arm|symbols|status|show ARG"
+        ),
     }
 }
 
