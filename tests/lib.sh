@@ -32,6 +32,8 @@
 #   queues=1          queue pairs of each server NIC; more than 1 means tap and a
 #                     bridge on the host, through which no LACP frame passes
 #   sockets=1         CPU sockets of the server, each a NUMA node
+#   profiler=0        1: the server runs under the profiler ('make profiler'), for
+#                     `cpubond vm mark` and `cpubond vm call profile show LABEL`
 #   peer=balance-xor  mode of the peer's bond0 (10.0.0.2/24 and 10.0.0.11..18/24, all
 #                     its NICs, xmit_hash_policy layer3+4, stock bonding): balance-xor,
 #                     802.3ad, or none for bare NICs
@@ -41,7 +43,7 @@
 # cables in, all CPUs online, IRQ affinity spread over all, no RPS, no nft rules, no
 # network namespaces, no daemons; then it makes the peer's bond. So a test need not
 # clean up for the next.
-# VMs are shared by tests that want the same cpus, nics, queues and sockets.
+# VMs are shared by tests that want the same cpus, nics, queues, sockets and profiler.
 #
 # A case is a function run by ktap_run in a subshell under `set -e`, so any command
 # that fails fails the case; what it sets in the kernel stays for the next case.

@@ -2,6 +2,7 @@
 
 use crate::apply::Apply;
 use crate::audit::Audit;
+use crate::bench::{self, BenchCommand};
 use crate::confirm::Confirm;
 use crate::down::Down;
 use crate::error::Result;
@@ -49,6 +50,9 @@ enum Command {
     Keep(Keep),
     #[command(name = "man", hide = true)]
     Pages(Pages),
+    /// Count what the network path costs, in the lab
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Run things in the lab's virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
@@ -71,6 +75,7 @@ pub fn run() -> ExitCode {
         Command::Steer(command) => command.run(),
         Command::Keep(keep) => return exit_with(keep.run()),
         Command::Pages(pages) => pages.run(Cli::command()),
+        Command::Bench(command) => return bench::run(&command),
         Command::Vm(command) => return vm::run(&command),
     };
     exit_with(result.map(|()| ExitCode::SUCCESS))

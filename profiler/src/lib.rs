@@ -4,28 +4,20 @@
 //! Arguments: `dir=DIR`. There the helper leaves what to count (`region.json`, `symbols`)
 //! before the guest opens a region by a marker instruction; there the counts are left when
 //! the guest closes it. Each block and each access of memory calls in here; while no region
-//! is open that is one test of a flag.
+//! is open that is one test of a flag. What is counted, and how, is in `profiler-model`.
 
-mod block;
-mod cpu;
-mod instruction;
-mod lines;
-mod session;
-
-use block::Block;
-use cpu::{Cpu, Finished};
-use instruction::Kind;
-use lines::Lines;
-use profiler_model::class::Class;
+use profiler_model::block::Block;
 use profiler_model::context::Task;
-use profiler_model::counts::{Counts, FunctionCount, RangeCount};
+use profiler_model::cpu::{Cpu, Finished, gather};
+use profiler_model::instruction::{self, Kind};
 use profiler_model::line::{Access, MAX_CPUS};
+use profiler_model::lines::Lines;
 use profiler_model::region::{Region, STATUS_FILE};
+use profiler_model::session::Session;
 use profiler_model::trace;
 use qemu_plugin::install::{Args, Info};
 use qemu_plugin::plugin::{HasCallbacks, Register};
 use qemu_plugin::{MemRW, MemoryInfo, PluginId, TranslationBlock, VCPUIndex};
-use session::Session;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -76,7 +68,7 @@ impl Register for Plugin {
         let _ = PROFILER.set(Profiler {
             dir: dir.into(),
             cpus: (0..cpus).map(|_| Mutex::default()).collect(),
-            lines: Lines::new(),
+            lines: Lines::default(),
             tasks: Mutex::default(),
             session: RwLock::default(),
             opened: Mutex::new(0),
@@ -267,8 +259,7 @@ impl Profiler {
             .map(|cpu| std::mem::take(&mut *lock(cpu)).close())
             .collect();
         let label = &session.region.label;
-        let functions = session.functions();
-        let counts = gather(&session.region, functions, &finished);
+        let counts = gather(&session, &finished);
 
         let path = Region::trace_file(&self.dir, label);
         let traces: Vec<_> = finished.iter().map(|cpu| &cpu.trace).collect();
@@ -285,51 +276,5 @@ impl Profiler {
             out.flush()
         };
         save().map_err(|error| format!("{}: {error}", path.display()))
-    }
-}
-
-/// Put the CPUs' counts together, by function and class.
-fn gather(
-    region: &Region,
-    functions: Vec<(String, Option<String>)>,
-    finished: &[Finished],
-) -> Counts {
-    let mut rows = Vec::new();
-    for (number, (name, module)) in functions.into_iter().enumerate() {
-        for class in Class::ALL {
-            let row = cpu::row(number as u32, class);
-            let cpus: Vec<_> = finished
-                .iter()
-                .map(|cpu| cpu.rows.get(row).copied().unwrap_or_default())
-                .collect();
-            if cpus.iter().any(|count| *count != Default::default()) {
-                rows.push(FunctionCount {
-                    name: name.clone(),
-                    module: module.clone(),
-                    class,
-                    cpus,
-                });
-            }
-        }
-    }
-    let mut ranges: Vec<RangeCount> = Vec::new();
-    for cpu in finished {
-        for (number, range) in cpu.ranges.iter().enumerate() {
-            match ranges.get_mut(number) {
-                Some(sum) => sum.add(range),
-                None => ranges.push(range.clone()),
-            }
-        }
-    }
-    Counts {
-        label: region.label.clone(),
-        window: region.window,
-        functions: rows,
-        ranges,
-        packet_insns: finished
-            .iter()
-            .map(|cpu| cpu.packet_insns.clone())
-            .collect(),
-        marks: finished.iter().map(|cpu| cpu.marks).collect(),
     }
 }

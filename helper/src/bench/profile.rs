@@ -118,16 +118,6 @@ impl Profile {
         self.divide(self.total(class))
     }
 
-    /// One function of class `path`, a packet; zero where it did not run.
-    pub fn function(&self, name: &str) -> PerPacket {
-        self.divide(
-            self.rows(Class::Path)
-                .filter(|row| row.name == name)
-                .map(FunctionCount::total)
-                .sum(),
-        )
-    }
-
     /// Instructions from entry of one function to entry of another, as asked for.
     pub fn range(&self, from: &str, to: &str) -> Option<&RangeCount> {
         self.ranges
@@ -158,7 +148,8 @@ impl Profile {
         self.functions.iter().filter(move |row| row.class == class)
     }
 
-    fn divide(&self, count: Count) -> PerPacket {
+    /// A count of this profile, a packet. Zero where there were no packets.
+    pub fn divide(&self, count: Count) -> PerPacket {
         let packets = self.total_packets();
         if packets == 0 {
             return PerPacket::default();
@@ -289,5 +280,76 @@ impl Exchange {
         server.output("cpubond vm mark symbols", SYMBOLS)?;
         *known = Some(modules);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    fn row(name: &str, class: Class, insns: &[u64]) -> FunctionCount {
+        FunctionCount {
+            name: name.to_owned(),
+            module: None,
+            class,
+            cpus: insns
+                .iter()
+                .map(|&insns| Count {
+                    insns,
+                    conflicts: insns / 10,
+                    transfers: insns / 20,
+                })
+                .collect(),
+        }
+    }
+
+    /// Two CPUs, four packets.
+    pub fn profile(label: &str, scale: u64) -> Profile {
+        let counts = Counts {
+            label: label.to_owned(),
+            window: Window::Packets,
+            functions: vec![
+                row("bond_start_xmit", Class::Path, &[100 * scale, 300 * scale]),
+                row("memset", Class::Path, &[40, 40]),
+                row("memset", Class::Generator, &[4000, 4000]),
+                row("tick", Class::Sched, &[5000, 0]),
+            ],
+            ranges: vec![RangeCount {
+                from: "bond_start_xmit".to_owned(),
+                to: "__dev_queue_xmit".to_owned(),
+                times: 4,
+                insns: 200,
+                min: 40,
+                max: 60,
+                ..RangeCount::default()
+            }],
+            packet_insns: vec![vec![110], vec![120, 115, 130]],
+            marks: vec![2, 4],
+        };
+        Profile::new(2, counts, &[])
+    }
+
+    #[test]
+    fn figures_are_a_packet_and_by_class() {
+        let profile = profile("x", 1);
+        assert_eq!(profile.packets, [1, 3]);
+        assert_eq!(profile.per_packet(Class::Path).insns, 120.0);
+        assert_eq!(profile.per_packet(Class::Path).transfers, 6.0);
+        assert_eq!(profile.per_packet(Class::Generator).insns, 2000.0);
+        assert_eq!(profile.on_cpu(Class::Path, 1).insns, 340);
+        assert_eq!(profile.median_insns, Some(120));
+        let range = profile.range("bond_start_xmit", "__dev_queue_xmit");
+        assert_eq!(range.and_then(RangeCount::mean), Some(50.0));
+        assert_eq!(profile.range("a", "b"), None);
+        let share = profile.busiest_share(&[Class::Path]);
+        assert!((share - 340.0 / 480.0).abs() < 1e-9, "{share}");
+    }
+
+    #[test]
+    fn no_packets_are_no_figures() {
+        let profile = Profile::new(1, Counts::default(), &[]);
+        assert_eq!(profile.per_packet(Class::Path), PerPacket::default());
+        assert_eq!(profile.busiest_share(&[Class::Path]), 0.0);
+        assert_eq!(profile.median_insns, None);
     }
 }

@@ -150,6 +150,7 @@ impl Host {
         overlay.file("cpubond/guest/peer.sh", include_bytes!("guest/peer.sh"))?;
         overlay.file("cpubond/guest/demo.sh", include_bytes!("guest/demo.sh"))?;
         overlay.file("cpubond/guest/setup.sh", include_bytes!("guest/setup.sh"))?;
+        overlay.file("cpubond/guest/pktgen.sh", include_bytes!("guest/pktgen.sh"))?;
         overlay.tree(&self.checkout.join("tests"), "cpubond/tests")?;
         overlay.tree(&self.checkout.join("dist"), "cpubond/dist")?;
         let this = env::current_exe().context("cannot find this program's own file")?;

@@ -77,7 +77,13 @@ impl Wanted {
                 "nics" => topology.nics = number(24)?,
                 "queues" => topology.queues = number(16)?,
                 "sockets" => topology.sockets = number(8)?,
-                "profiler" => topology.profiler = number(1)? == 1,
+                "profiler" => {
+                    topology.profiler = match value {
+                        "0" => false,
+                        "1" => true,
+                        _ => bail!("'# vm:' line: profiler={value}: want 0 or 1"),
+                    }
+                }
                 "timeout" => wanted.timeout = Duration::from_secs(number(3600)?.into()),
                 "peer" => match value {
                     "balance-xor" | "802.3ad" | "none" => value.clone_into(&mut wanted.peer),
@@ -130,6 +136,7 @@ mod tests {
             ("cpus", "KEY=VALUE"),
             ("cpus=0", "want 1 to 64"),
             ("nics=many", "want 1 to 24"),
+            ("profiler=yes", "want 0 or 1"),
             ("colour=red", "no such key"),
             ("peer=rr", "want balance-xor"),
             ("cpus=3 sockets=2", "do not divide"),

@@ -227,6 +227,18 @@ mod tests {
         let result = replay(&[first, second], 1);
         assert_eq!(result.packets, 2);
         assert_eq!(result.round_robin, 1.0);
+
+        // What is counted is what comes after it.
+        let mut first = stream(1, &[(1, Access::Write)]);
+        first.push(Record {
+            line: 2,
+            access: Access::Write,
+            class: Class::Path,
+        });
+        first.counted_to = first.end_packet();
+        first.counted_from = 1;
+        let second = stream(1, &[(2, Access::Read)]);
+        assert_eq!(replay(&[first, second], 1).round_robin, 1.0);
     }
 
     #[test]

@@ -26,7 +26,7 @@ impl Symbols {
     /// Read the text of /proc/kallsyms: `ADDRESS TYPE NAME` and, in a module, `[MODULE]`.
     /// Data is left out.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let mut found: BTreeMap<u64, Vec<(bool, &str, Option<&str>)>> = BTreeMap::new();
+        let mut found: BTreeMap<u64, Vec<_>> = BTreeMap::new();
         for (number, line) in (1..).zip(text.lines()) {
             let mut words = line.split_ascii_whitespace();
             let (Some(address), Some(kind), Some(name)) =
@@ -60,8 +60,8 @@ impl Symbols {
             names.sort_by_key(|&(global, name, _)| {
                 (!global, name.starts_with('_'), name.len(), name)
             });
-            for (name, (_, text, module)) in names.into_iter().enumerate() {
-                if name == 0 {
+            for (place, (_, text, module)) in names.into_iter().enumerate() {
+                if place == 0 {
                     symbols.all.push(Symbol {
                         address,
                         name: text.to_owned(),

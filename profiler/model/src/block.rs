@@ -1,7 +1,7 @@
 //! A translated block of instructions, and what it means in the open region.
 
-use profiler_model::class::Class;
-use profiler_model::context::Place;
+use crate::class::Class;
+use crate::context::Place;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A translated block. Lives as long as QEMU.
@@ -83,5 +83,33 @@ impl Meaning {
             mark: word >> 28 & 1 != 0,
             range: word >> 29 & 1 != 0,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_looked_up_once_a_region() {
+        let block = Block::new(0xffff_ffff_8100_0000, 3, false);
+        let meaning = Meaning {
+            function: 0x0012_3456,
+            class: Class::User,
+            place: Place::PathEntry,
+            mark: true,
+            range: false,
+        };
+        let other = Meaning {
+            function: 7,
+            mark: false,
+            range: true,
+            ..meaning
+        };
+        assert_eq!(block.meaning(1, |_| None), None);
+        assert_eq!(block.meaning(1, |_| Some(meaning)), Some(meaning));
+        assert_eq!(block.meaning(1, |_| Some(other)), Some(meaning));
+        assert_eq!(block.meaning(2, |_| Some(other)), Some(other));
+        assert!(!block.is_user() && Block::new(0x40_0000, 1, false).is_user());
     }
 }

@@ -1,6 +1,6 @@
 //! What is read off an instruction's bytes.
 
-use profiler_model::region::{CLOSE, OPEN, marker};
+use crate::region::{CLOSE, OPEN, marker};
 
 /// What the plugin needs to know of an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,5 +50,36 @@ pub fn kind(bytes: &[u8], user: bool) -> Kind {
         // xchg with memory locks by itself.
         [0x86 | 0x87, modrm, ..] if modrm >> 6 != 3 => Kind::Atomic,
         _ => Kind::Plain,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_is_told_from_its_bytes() {
+        for (bytes, expected) in [
+            (&[0x90][..], Kind::Plain),
+            // mov (%rax),%rax; xchg %rax,%rbx; a no-op like the marker.
+            (&[0x48, 0x8b, 0x00], Kind::Plain),
+            (&[0x48, 0x87, 0xd8], Kind::Plain),
+            (&[0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0], Kind::Plain),
+            // lock xadd; lock cmpxchg16b %gs:; xchg %eax,(%rdi); repne-prefixed xchg.
+            (&[0xf0, 0x48, 0x0f, 0xc1, 0x07], Kind::Atomic),
+            (&[0x65, 0xf0, 0x48, 0x0f, 0xc7, 0x0e], Kind::Atomic),
+            (&[0x87, 0x07], Kind::Atomic),
+            (&[0xf2, 0x48, 0x87, 0x07], Kind::Atomic),
+            (&[0x48, 0xcf], Kind::InterruptReturn),
+            (&[0x48, 0x89, 0xa7, 0x98, 0x1a, 0, 0], Kind::SwitchOut),
+            (&[0x48, 0x8b, 0xa6, 0x98, 0x1a, 0, 0], Kind::SwitchIn),
+            (&marker(OPEN), Kind::Open),
+            (&marker(CLOSE), Kind::Close),
+            (&[], Kind::Plain),
+        ] {
+            assert_eq!(kind(bytes, false), expected, "{bytes:x?}");
+        }
+        // A program's own stack switch is none of the kernel's.
+        assert_eq!(kind(&[0x48, 0x89, 0xa7, 0, 0, 0, 0], true), Kind::Plain);
     }
 }

@@ -1,7 +1,7 @@
 //! All cache lines, by physical address. Locked in parts, so that virtual CPUs seldom wait
 //! for each other; the order of accesses to one line is that of the host.
 
-use profiler_model::line::{Access, Cost, Line};
+use crate::line::{Access, Cost, Line};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::{Mutex, PoisonError};
@@ -39,14 +39,16 @@ impl Hasher for Multiply {
     }
 }
 
-impl Lines {
+impl Default for Lines {
     /// None touched.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self {
             parts: (0..PARTS).map(|_| Mutex::default()).collect(),
         }
     }
+}
 
+impl Lines {
     /// Forget all.
     pub fn clear(&self) {
         for part in &self.parts {

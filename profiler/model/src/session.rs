@@ -1,11 +1,11 @@
 //! The open region: what was asked for, by the addresses of the running kernel.
 
 use crate::block::{Block, Meaning};
+use crate::class::{Class, class_of, place_of};
+use crate::context::Place;
 use crate::cpu::Point;
-use profiler_model::class::{Class, class_of, place_of};
-use profiler_model::context::Place;
-use profiler_model::region::{PATH_ENTRIES, REGION_FILE, Region, SYMBOLS_FILE};
-use profiler_model::symbols::Symbols;
+use crate::region::{PATH_ENTRIES, REGION_FILE, Region, SYMBOLS_FILE};
+use crate::symbols::Symbols;
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// A region that is open.
 pub struct Session {
+    /// What was asked for.
     pub region: Region,
     /// From 1; blocks remember for which one they were looked up.
     pub number: u16,
@@ -43,8 +44,13 @@ impl Session {
         };
         let region: Region = serde_json::from_str(&text(REGION_FILE)?)
             .map_err(|error| format!("{REGION_FILE}: {error}"))?;
+        Self::new(region, &text(SYMBOLS_FILE)?, number)
+    }
+
+    /// From a region and the text of /proc/kallsyms.
+    pub fn new(region: Region, symbols: &str, number: u16) -> Result<Self, String> {
         region.check()?;
-        let symbols = Symbols::parse(&text(SYMBOLS_FILE)?)?;
+        let symbols = Symbols::parse(symbols)?;
         let find = |name: &str| {
             let found = symbols.find(name);
             if found.is_empty() {
