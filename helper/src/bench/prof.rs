@@ -57,8 +57,8 @@ pub struct Prof {
     json: bool,
 }
 
-/// What one packet of pktgen's begins with.
-const PACKET: &str = "pktgen:pktgen_xmit";
+/// What each packet of pktgen's calls once, first of all; pktgen_xmit itself is inlined.
+const PACKET: &str = "pktgen:mod_cur_headers";
 /// Where a packet enters the bond, and where the bond gives it to the slave.
 const BOND: &str = "bond_start_xmit";
 const SLAVE: &str = "__dev_queue_xmit";

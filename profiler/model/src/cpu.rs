@@ -338,7 +338,7 @@ ffffffff81000200 T __dev_queue_xmit
 ffffffff81000300 T asm_sysvec_apic_timer_interrupt
 ffffffff81000400 T common_interrupt_return
 ffffffff81000500 T elsewhere
-ffffffffc0001000 t pktgen_xmit\t[pktgen]
+ffffffffc0001000 t mod_cur_headers\t[pktgen]
 ";
     const BOND: u64 = 0xffff_ffff_8100_0100;
     const QUEUE: u64 = BOND + 0x100;
@@ -484,7 +484,7 @@ ffffffffc0001000 t pktgen_xmit\t[pktgen]
 
     #[test]
     fn a_generators_packet_begins_in_the_generator() {
-        let mut bench = Bench::new(Region::packets("test", "pktgen:pktgen_xmit"));
+        let mut bench = Bench::new(Region::packets("test", "pktgen:mod_cur_headers"));
         for _ in 0..3 {
             bench.run(0, PKTGEN);
             bench.run(0, ELSEWHERE);
