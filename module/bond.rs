@@ -10,15 +10,21 @@ use core::{
     ffi::CStr,
     marker::PhantomData,
     ptr::{self, NonNull},
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
 };
-use kernel::{error::to_result, prelude::*, types::ForeignOwnable};
+use kernel::{
+    alloc::{AllocError, KVVec},
+    error::to_result,
+    prelude::*,
+    types::ForeignOwnable,
+};
 
-/// By which slave to send, as [`TransmitPolicy::select`] and [`TransmitPolicy::spread`] answer.
+/// By which slave to send.
 #[derive(Clone, Copy)]
 pub(crate) struct Selection(u32);
 
 impl Selection {
-    /// Several slaves rank equal: ask [`TransmitPolicy::spread`].
+    /// Several slaves rank equal: ask [`TransmitPolicy::spread`]. In [`Choices`] only.
     pub(crate) const SPREAD: Self = Self(bindings::BOND_XMIT_SPREAD);
 
     /// Usable slave `index`; `local` if it is one of those bound to the CPU. C takes an index that
@@ -28,6 +34,39 @@ impl Selection {
         let local = if local { bindings::BOND_XMIT_LOCAL } else { 0 };
 
         Self((index & bindings::BOND_XMIT_INDEX) | local)
+    }
+}
+
+/// By CPU: by which slave to send. C reads it for every frame, on any CPU, at any time.
+///
+/// # Invariants
+///
+/// There are `nr_cpu_ids` of them, and they stay where they are.
+pub(crate) struct Choices(KVVec<AtomicU32>);
+
+impl Choices {
+    /// All [`Selection::SPREAD`].
+    pub(crate) fn new() -> Result<Self, AllocError> {
+        let cpus = kernel::cpu::nr_cpu_ids() as usize;
+        let mut choices = KVVec::with_capacity(cpus, GFP_KERNEL)?;
+
+        for _ in 0..cpus {
+            choices
+                .push_within_capacity(AtomicU32::new(Selection::SPREAD.0))
+                .map_err(|_| AllocError)?;
+        }
+        // INVARIANT: Just counted, and nothing is added or taken away any more.
+        Ok(Self(choices))
+    }
+
+    /// Has frames of `cpu` take another slave. Stored only if it differs, so that the lines stay
+    /// shared by all CPUs.
+    pub(crate) fn set(&self, cpu: u32, selection: Selection) {
+        if let Some(choice) = self.0.get(cpu as usize) {
+            if choice.load(Relaxed) != selection.0 {
+                choice.store(selection.0, Relaxed);
+            }
+        }
     }
 }
 
@@ -53,13 +92,14 @@ pub(crate) trait TransmitPolicy: Send + Sync + Sized + 'static {
     /// about once a second besides.
     fn update(&self, slaves: Slaves<'_>) -> Result;
 
-    /// The slave for a packet that is sent on `cpu`. On the packet path, preemptible at times.
-    fn select(&self, cpu: u32) -> Selection;
+    /// By which slaves packets are sent: always the same table, whatever is in it.
+    fn choices(&self) -> &Choices;
 
-    /// The same when `select` has answered [`Selection::SPREAD`]: `hash` tells flows apart.
+    /// The slave for a packet that is sent on `cpu`, where the table has [`Selection::SPREAD`]:
+    /// `hash` tells flows apart. On the packet path, preemptible at times.
     fn spread(&self, cpu: u32, hash: u32) -> Selection;
 
-    /// What `select` and `spread` choose from. RTNL is held.
+    /// What is chosen from on `cpu`. RTNL is held.
     fn lookup(&self, cpu: u32) -> Lookup;
 }
 
@@ -221,25 +261,28 @@ impl<P: TransmitPolicy> Adapter<P> {
 
     /// # Safety
     ///
-    /// Called by `bond_xmit_policy_slave_get()` only, within `rcu_read_lock()`.
-    unsafe extern "C" fn select(state: *const c_void, cpu: c_uint, _count: c_uint) -> u32 {
-        // SAFETY: `state` is from `attach`; `detach` comes a grace period after the bond has let go
-        // of it.
+    /// Called by `bond_xmit_alloc()` only, with RTNL held. It reads what is returned until it calls
+    /// `detach`.
+    unsafe extern "C" fn choices(state: *const c_void) -> *const u32 {
+        // SAFETY: `state` is from `attach`.
         let policy = unsafe { <Pin<KBox<P>>>::borrow(state.cast_mut()) };
 
-        policy.select(cpu).0
+        // The table is a part of the policy, which `detach` drops. Relaxed loads are what C does to
+        // it (`READ_ONCE()`), up to `nr_cpu_ids`: there are as many by its invariant.
+        policy.get_ref().choices().0.as_ptr().cast()
     }
 
     /// # Safety
     ///
-    /// As for [`Adapter::select`].
+    /// Called by `bond_xmit_policy_slave_get_slow()` only, within `rcu_read_lock()`.
     unsafe extern "C" fn spread(
         state: *const c_void,
         cpu: c_uint,
         _count: c_uint,
         hash: u32,
     ) -> u32 {
-        // SAFETY: As for `select`.
+        // SAFETY: `state` is from `attach`; `detach` comes a grace period after the bond has let go
+        // of it.
         let policy = unsafe { <Pin<KBox<P>>>::borrow(state.cast_mut()) };
 
         policy.spread(cpu, hash).0
@@ -294,7 +337,7 @@ impl<P: TransmitPolicy> Registration<P> {
                 attach: Some(Adapter::<P>::attach),
                 detach: Some(Adapter::<P>::detach),
                 update: Some(Adapter::<P>::update),
-                select: Some(Adapter::<P>::select),
+                choices: Some(Adapter::<P>::choices),
                 spread: Some(Adapter::<P>::spread),
                 lookup: Some(Adapter::<P>::lookup),
             },

@@ -3,7 +3,7 @@
 //! The policy `cpu_bound`: a [`map`](super::map) that the packet path reads and updates rewrite.
 
 use super::{
-    bond::{self, Lookup, Selection, Slaves, TransmitPolicy},
+    bond::{self, Choices, Lookup, Selection, Slaves, TransmitPolicy},
     irq,
     map::{self, Choice, Entry, Reason},
 };
@@ -23,6 +23,8 @@ use kernel::{
 /// The policy's state for one bond.
 #[pin_data]
 pub(crate) struct CpuBound {
+    /// What the packet path reads: what follows from `entries`.
+    choices: Choices,
     /// By CPU: what it may send by, as [`Entry::raw`]. Written in place by updates, and only if it
     /// differs: packets find a valid entry at any time, and the lines stay shared by all CPUs.
     entries: KVVec<AtomicU64>,
@@ -92,6 +94,15 @@ impl CpuBound {
                 e.store(entry.raw(), Relaxed);
             }
         }
+        self.choices.set(
+            cpu,
+            match entry.choice() {
+                Choice::Slave(index) => Selection::slave(index, entry.is_local()),
+                // No entry: C only looks if there is a slave, so the map is about to learn of it.
+                // Until then the flows share whatever there is.
+                Choice::Spread | Choice::None => Selection::SPREAD,
+            },
+        );
         if let Some(r) = self.reasons.get(cpu as usize) {
             r.store(reason as u8, Relaxed);
         }
@@ -106,9 +117,11 @@ impl TransmitPolicy for CpuBound {
         let entries = vec_of(cpus, |_| AtomicU64::new(Entry::EMPTY.raw()), GFP_KERNEL)?;
         let reasons = vec_of(cpus, |_| AtomicU8::new(Reason::Any as u8), GFP_KERNEL)?;
         let work = Work::new(cpus)?;
+        let choices = Choices::new()?;
 
         KBox::pin_init(
             pin_init!(Self {
+                choices,
                 entries,
                 reasons,
                 work <- new_mutex!(work),
@@ -165,16 +178,8 @@ impl TransmitPolicy for CpuBound {
         Ok(())
     }
 
-    #[inline]
-    fn select(&self, cpu: u32) -> Selection {
-        let entry = self.entry(cpu);
-
-        match entry.choice() {
-            Choice::Slave(index) => Selection::slave(index, entry.is_local()),
-            // No entry: C only asks if there is a slave, so the map is about to learn of it. Until
-            // then the flows share whatever there is.
-            Choice::Spread | Choice::None => Selection::SPREAD,
-        }
+    fn choices(&self) -> &Choices {
+        &self.choices
     }
 
     fn spread(&self, cpu: u32, hash: u32) -> Selection {
