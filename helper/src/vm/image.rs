@@ -97,6 +97,16 @@ impl Host {
         self.image.join("vmlinuz")
     }
 
+    /// The modules that the server runs with, none if it runs the stock driver.
+    pub fn modules(&self) -> Result<Vec<PathBuf>> {
+        let Some(dir) = &self.modules else {
+            return Ok(Vec::new());
+        };
+        let mut modules = list(dir)?;
+        modules.retain(|file| file.extension().is_some_and(|ext| ext == "ko"));
+        Ok(modules)
+    }
+
     /// Logs of the machines, made when missing.
     pub fn log_dir(&self) -> Result<PathBuf> {
         let dir = self.checkout.join("target/results/vm");
@@ -123,6 +133,18 @@ impl Host {
             bail!("{}: not there; run 'make profiler'", path.display());
         }
         Ok(path)
+    }
+
+    /// What the QEMU of the build root calls itself.
+    pub fn qemu_version(&self) -> Result<String> {
+        let words = self.root_program("usr/bin/qemu-system-x86_64");
+        let output = Command::new(&words[0])
+            .args(&words[1..])
+            .arg("--version")
+            .output()
+            .context("QEMU: cannot run")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        Ok(text.lines().next().unwrap_or("QEMU").trim().to_owned())
     }
 
     /// Where QEMU finds its firmware.

@@ -339,6 +339,10 @@ impl Wiring {
                 };
                 ip(&format!("tuntap add dev {tap} mode tap{multi}"))?;
                 ip(&format!("link set {tap} master cable{nic} up"))?;
+                // A bridge keeps LACP to itself unless a port is told to pass it on.
+                ip(&format!(
+                    "link set {tap} type bridge_slave group_fwd_mask 4"
+                ))?;
             }
         }
         Ok(wiring)

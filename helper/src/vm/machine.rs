@@ -250,6 +250,14 @@ impl Machine {
                 "virtio-net-pci,id=eth{nic},netdev=net{nic},mac={},speed=1000,duplex=full,romfile=",
                 mac(role, nic)
             );
+            if topology.nics > 20 {
+                // More than the bus has slots for: eight to a slot, from 8 on.
+                let (slot, function) = (8 + nic / 8, nic % 8);
+                device.push_str(&format!(",addr={slot:#x}.{function}"));
+                if function == 0 {
+                    device.push_str(",multifunction=on");
+                }
+            }
             if queues > 1 {
                 // A vector for each queue's two rings, one for control, one for config.
                 device.push_str(&format!(",mq=on,vectors={}", 2 * queues + 2));
