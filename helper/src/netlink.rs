@@ -4,14 +4,18 @@ use crate::error::{Error, Exit, Result};
 use crate::link::Mac;
 use ipnet::IpNet;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkDeserializable,
-    NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
+    NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use std::io;
+use std::net::Ipv4Addr;
 
 pub struct Rtnetlink(Netlink);
 
@@ -58,6 +62,48 @@ impl Rtnetlink {
                 false => error,
             }
         })
+    }
+
+    /// A device of a kind that needs no more than that, with a hardware address of our choice.
+    pub fn create(&mut self, link: &str, kind: InfoKind, mac: Mac) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(link.to_string()),
+            LinkAttribute::Address(mac.0.to_vec()),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]),
+        ];
+        self.request(
+            RouteNetlinkMessage::NewLink(message),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )
+        .map_err(|refusal| refusal.at(link, "cannot be created"))
+    }
+
+    /// Another hardware address than its own.
+    pub fn set_mac(&mut self, link: &str, mac: Mac) -> Result<()> {
+        let mut message = self.link_message(link)?;
+        message
+            .attributes
+            .push(LinkAttribute::Address(mac.0.to_vec()));
+        self.request(RouteNetlinkMessage::SetLink(message), 0)
+            .map_err(|refusal| refusal.at(link, &format!("cannot have the address {mac}")))
+    }
+
+    /// Who is where on the link, for good.
+    pub fn set_neighbour(&mut self, link: &str, address: Ipv4Addr, mac: Mac) -> Result<()> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.ifindex = self.index(link)?;
+        message.header.state = NeighbourState::Permanent;
+        message.attributes = vec![
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)),
+            NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()),
+        ];
+        self.request(
+            RouteNetlinkMessage::NewNeighbour(message),
+            NLM_F_CREATE | NLM_F_REPLACE,
+        )
+        .map_err(|refusal| refusal.at(link, &format!("cannot have neighbour {address}")))
     }
 
     pub fn delete(&mut self, link: &str) -> Result<()> {
