@@ -4,7 +4,7 @@
 //! `cpubond run` starts the daemons and calls a [`Steer`] method with a table from [`table`]
 //! whenever a daemon comes, goes or drains. What it has set up is in the [`State`] file.
 
-mod bpf;
+pub mod bpf;
 pub mod control;
 mod list;
 mod nat;

@@ -1,0 +1,205 @@
+//! The ratios that must hold, whatever the figures are: a regression gate for `make test`.
+
+use super::load::Generator;
+use super::peer::Peer;
+use super::results::{Results, Slaves, Tx};
+use std::process::ExitCode;
+
+/// Who has to be measured for it.
+pub const PEERS: [Peer; 8] = [
+    Peer::RawPrivate,
+    Peer::BalanceRr,
+    Peer::BalanceXor,
+    Peer::ActiveBackup,
+    Peer::TeamHash,
+    Peer::TeamCpu,
+    Peer::QueueId,
+    Peer::CpuBound,
+];
+/// The lines that a packet over `cpu_bound` may move more than over a bare NIC of the CPU's
+/// own: the kernel's housekeeping that falls among few packets. Others move 13 and more.
+const SLACK: f64 = 1.0;
+/// Instructions that the choice may cost more than a bond's that has none.
+const CHOICE: f64 = 30.0;
+/// What is told apart has to be this much apart.
+const APART: f64 = 3.0;
+
+/// A statement about two figures, whether it holds, and the figures.
+struct Verdict {
+    what: String,
+    holds: bool,
+    figures: String,
+}
+
+/// KTAP of all of them, on standard output.
+pub fn judge(results: &Results, problems: &[String]) -> ExitCode {
+    let verdicts = verdicts(results);
+    println!("KTAP version 1\n1..{}", verdicts.len() + 1);
+    let mut failed = 0;
+    let mut number = 0;
+    let mut show = |holds: bool, what: &str, figures: &str| {
+        number += 1;
+        failed += u32::from(!holds);
+        println!("# {figures}");
+        println!("{} {number} - {what}", if holds { "ok" } else { "not ok" });
+    };
+    for verdict in &verdicts {
+        show(verdict.holds, &verdict.what, &verdict.figures);
+    }
+    let packets: u64 = results.tx.iter().map(|tx| tx.packets).sum();
+    show(
+        problems.is_empty() && packets > 0,
+        "all peers could be measured",
+        &format!(
+            "{} peers, {packets} packets; {} problems {}",
+            results.tx.len(),
+            problems.len(),
+            problems.join("; ")
+        ),
+    );
+    ExitCode::from(u8::from(failed > 0))
+}
+
+fn verdicts(results: &Results) -> Vec<Verdict> {
+    // What was not measured cannot hold.
+    let find = |peer| results.find(peer, Slaves::SingleQueue, Generator::Pktgen, 4);
+    let check = |peer, against, what: String, holds: &dyn Fn(&Tx, &Tx) -> bool| {
+        let (Some(a), Some(b)) = (find(peer), find(against)) else {
+            return Verdict {
+                what,
+                holds: false,
+                figures: "not measured".to_owned(),
+            };
+        };
+        let show = |tx: &Tx| {
+            format!(
+                "{} {:.2} transfers, {:.2} conflicts, select {:.1}",
+                tx.peer, tx.transfers_per_packet, tx.conflict_lines_per_packet, tx.select_insns
+            )
+        };
+        Verdict {
+            what,
+            holds: holds(a, b),
+            figures: format!("a packet: {}; {}", show(a), show(b)),
+        }
+    };
+    let mut all = vec![
+        check(
+            Peer::CpuBound,
+            Peer::RawPrivate,
+            "cpu_bound moves no more lines than a NIC of the CPU's own".to_owned(),
+            &|ours, floor| ours.transfers_per_packet <= floor.transfers_per_packet + SLACK,
+        ),
+        check(
+            Peer::CpuBound,
+            Peer::RawPrivate,
+            "cpu_bound has no more conflicts than a NIC of the CPU's own".to_owned(),
+            &|ours, floor| {
+                ours.conflict_lines_per_packet <= floor.conflict_lines_per_packet + SLACK
+            },
+        ),
+        check(
+            Peer::CpuBound,
+            Peer::ActiveBackup,
+            format!("cpu_bound chooses within {CHOICE} instructions of a bond without a choice"),
+            &|ours, fixed| ours.select_insns <= fixed.select_insns + CHOICE,
+        ),
+    ];
+    for peer in PEERS {
+        if peer.spreads_flows() {
+            all.push(check(
+                Peer::CpuBound,
+                peer,
+                format!("{peer} moves {APART} times the lines of cpu_bound, and more"),
+                &|ours, theirs| {
+                    theirs.transfers_per_packet >= APART * ours.transfers_per_packet.max(SLACK)
+                },
+            ));
+        }
+        if peer.entry().is_some() && !peer.is_ours() && peer != Peer::ActiveBackup {
+            all.push(check(
+                Peer::CpuBound,
+                peer,
+                format!("cpu_bound chooses in fewer instructions than {peer}"),
+                &|ours, theirs| ours.select_insns < theirs.select_insns,
+            ));
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::results::SCHEMA;
+
+    /// As it should be.
+    fn good() -> Results {
+        let tx = PEERS.map(|peer| Tx {
+            peer,
+            slaves: Slaves::SingleQueue,
+            generator: Generator::Pktgen,
+            cpus: 4,
+            packets: 1000,
+            insns_per_packet: 2000.0,
+            select_insns: match peer {
+                Peer::RawPrivate => 0.0,
+                Peer::ActiveBackup => 80.0,
+                Peer::CpuBound => 100.0,
+                _ => 200.0,
+            },
+            conflict_lines_per_packet: if peer.spreads_flows() { 20.0 } else { 0.2 },
+            transfers_per_packet: if peer.spreads_flows() { 15.0 } else { 0.1 },
+            transfers_min: 0.0,
+            transfers_max: 20.0,
+        });
+        Results {
+            schema: SCHEMA,
+            tx: tx.to_vec(),
+            ..Results::default()
+        }
+    }
+
+    fn failures(change: impl Fn(&mut Tx)) -> usize {
+        let mut results = good();
+        results.tx.iter_mut().for_each(change);
+        verdicts(&results)
+            .iter()
+            .filter(|verdict| !verdict.holds)
+            .count()
+    }
+
+    #[test]
+    fn each_regression_is_seen() {
+        assert_eq!(failures(|_| {}), 0);
+        let ours = |tx: &Tx| tx.peer == Peer::CpuBound;
+        // Packets of all CPUs by all NICs.
+        assert!(
+            failures(|tx| tx.transfers_per_packet = if ours(tx) {
+                15.0
+            } else {
+                tx.transfers_per_packet
+            }) > 1
+        );
+        assert_eq!(
+            failures(|tx| tx.conflict_lines_per_packet += if ours(tx) { 2.0 } else { 0.0 }),
+            1
+        );
+        // A choice that takes long.
+        assert_eq!(
+            failures(|tx| tx.select_insns += if ours(tx) { 15.0 } else { 0.0 }),
+            1
+        );
+        assert!(failures(|tx| tx.select_insns += if ours(tx) { 150.0 } else { 0.0 }) > 4);
+        // A profiler that sees nothing.
+        assert!(failures(|tx| tx.transfers_per_packet = 0.0) > 0);
+    }
+
+    #[test]
+    fn what_is_missing_fails() {
+        let mut results = good();
+        results.tx.retain(|tx| tx.peer != Peer::TeamCpu);
+        assert_eq!(verdicts(&results).iter().filter(|v| !v.holds).count(), 1);
+        assert!(verdicts(&Results::default()).iter().all(|v| !v.holds));
+    }
+}
