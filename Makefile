@@ -3,6 +3,8 @@
 #
 #   make demo     the paper's system under real TCP load, beside the usual one
 #   make test     all tests, on this host and in the lab
+#   make bench    what sending costs, beside every other way; figures and docs/results.md
+#                 (more than an hour; QUICK=1: a few minutes, for ratios)
 #   make modules  bonding.ko and bond_cpu_bound.ko into target/modules (KDIR=, KSRC=)
 #   make helper   the static binary `cpubond`
 #   make profiler the plugin that counts, for `cpubond bench`
@@ -27,6 +29,9 @@ demo: modules helper
 
 test: modules helper profiler
 	scripts/test.sh $(CPUBOND)
+
+bench: modules helper profiler
+	$(CPUBOND) bench all $(if $(QUICK),--quick)
 
 modules:
 	scripts/modules.sh
@@ -60,6 +65,6 @@ vm: modules helper
 clean:
 	rm -rf target
 
-.PHONY: all demo test modules helper profiler man install lint vm clean
+.PHONY: all demo test bench modules helper profiler man install lint vm clean
 # Each part uses all cores by itself.
 .NOTPARALLEL:

@@ -23,6 +23,15 @@ count() {
 	passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
 }
 
+# ktap_counts FILE: passed, failed, skipped; a short plan is a failure.
+ktap_counts() {
+	awk '
+		/^1\.\./ { plan = substr($1, 4); if (plan == 0 && /SKIP/) s++ }
+		/^ok [0-9]/ { n++; if (/ # SKIP/) s++; else p++ }
+		/^not ok [0-9]/ { n++; f++ }
+		END { if (plan == "" || plan != n + 0) f++; print p + 0, f + 0, s + 0 }' "$1"
+}
+
 say "tests on this host"
 rc=0
 cargo test --quiet --locked --workspace --no-fail-fast 2>&1 | tee "$log" || rc=$?
@@ -39,11 +48,7 @@ for test in tests/host/*.sh; do
 		STOCK="/lib/modules/$kernel/kernel/drivers/net/bonding/bonding.ko.xz" \
 		MAKEFLAGS="-j$(nproc) CC=gcc-14" bash "$test" 2>&1 | tee "$log" || rc=$?
 	[ "$rc" != 4 ] || rc=0
-	read -r p f s < <(awk '
-		/^1\.\./ { plan = substr($1, 4); if (plan == 0 && /SKIP/) s++ }
-		/^ok [0-9]/ { n++; if (/ # SKIP/) s++; else p++ }
-		/^not ok [0-9]/ { n++; f++ }
-		END { if (plan == "" || plan != n + 0) f++; print p + 0, f + 0, s + 0 }' "$log")
+	read -r p f s < <(ktap_counts "$log")
 	count "$test" "$rc" "$p" "$f" "$s"
 done
 
@@ -53,6 +58,12 @@ rc=0
 read -r p f s < <(awk '/^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$/ { print $1, $3, $5; found = 1 }
 	END { if (!found) print 0, 0, 0 }' "$log")
 count "guest tests" "$rc" "$p" "$f" "$s"
+
+say "what sending costs, as ratios"
+rc=0
+"$cpubond" bench tx --quick --check 2>&1 | tee "$log" || rc=$?
+read -r p f s < <(ktap_counts "$log")
+count "bench tx --quick --check" "$rc" "$p" "$f" "$s"
 
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" = 0 ]

@@ -50,7 +50,7 @@ enum Command {
     Keep(Keep),
     #[command(name = "man", hide = true)]
     Pages(Pages),
-    /// Count what the network path costs, in the lab
+    /// Measure sending, beside every other way to do it
     #[command(subcommand)]
     Bench(BenchCommand),
     /// Run things in the lab's virtual machines
