@@ -148,6 +148,11 @@ peer_do() { cpubond vm call run peer "$*"; }
 # set_link NIC on|off: pull the cable of NIC, or put it back; both ends see it.
 set_link() { cpubond vm call link "$1" "$2"; }
 
+# The distribution's default, fq_codel, drops a packet that had to wait, and on this
+# emulator any may: a device that comes up gets a queue that drops nothing. In a
+# guest only: tests/host/ sources this too.
+[ ! -e /run/cpubond.sock ] || sysctl -qw net.core.default_qdisc=pfifo
+
 # --- bonds -----------------------------------------------------------------
 
 # bond_up MODE [SLAVE...]: bond0 at 10.0.0.1/24 in MODE with these slaves (default:

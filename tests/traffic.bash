@@ -54,6 +54,9 @@ by_cable() {
 		done
 }
 
+# drops: what all queues of this machine have dropped so far.
+drops() { tc -s -j qdisc | jq '[.[].drops // 0] | add'; }
+
 # arrive COUNT: as many arrive in time, and no more.
 arrive() {
 	local got tries
@@ -62,6 +65,8 @@ arrive() {
 		[ "$got" -lt "$1" ] || break
 		sleep 0.1
 	done
+	[ "$got" = "$1" ] ||
+		note "dropped by queues here: $(drops), in the peer: $(peer_do "$(declare -f drops); drops")"
 	check_eq "packets that arrived" "$got" "$1"
 }
 

@@ -11,6 +11,9 @@ mode=$1 hash=${2:-layer3+4}
 nics=(/sys/class/net/eth?{,?})
 nics=("${nics[@]:0:${3:-${#nics[@]}}}")
 
+# As on the server, see tests/lib.sh: no queue that drops what had to wait.
+sysctl -qw net.core.default_qdisc=pfifo
+
 # Takes and counts the datagrams of send_from: no answer goes back.
 nft -f - <<'NFT'
 flush ruleset
