@@ -37,6 +37,9 @@ impl Selection {
     }
 }
 
+/// In a cache line of 64 bytes.
+const CHOICES_IN_LINE: usize = 16;
+
 /// By CPU: by which slave to send. C reads it for every frame, on any CPU, at any time.
 ///
 /// # Invariants
@@ -48,7 +51,10 @@ impl Choices {
     /// All [`Selection::SPREAD`].
     pub(crate) fn new() -> Result<Self, AllocError> {
         let cpus = kernel::cpu::nr_cpu_ids() as usize;
-        let mut choices = KVVec::with_capacity(cpus, GFP_KERNEL)?;
+        // Whole cache lines, which are then nobody else's: a neighbour in a small slab would have
+        // each of its stores cost every CPU the line.
+        let lines = cpus.div_ceil(CHOICES_IN_LINE).wrapping_mul(CHOICES_IN_LINE);
+        let mut choices = KVVec::with_capacity(lines, GFP_KERNEL)?;
 
         for _ in 0..cpus {
             choices
