@@ -4,7 +4,7 @@
 # IPv6, to one port, served by the daemon of the CPU that received them; and what
 # becomes of them when daemons die, drain and return.
 #
-# The daemons are `cpubond vm echo`: each answers with its CPU, the CPU on which the
+# The daemons are `cpubond vm traffic answer`: each answers with its CPU, the CPU on which the
 # kernel received (SO_INCOMING_CPU), the CPU on which it runs, and the address that the
 # client had asked for.
 #
@@ -17,7 +17,7 @@ FROM4=$(printf '10.0.0.%d,' {11..18}) FROM4=${FROM4%,}
 FROM6=$(printf 'fd00::%d,' {11..18}) FROM6=${FROM6%,}
 
 # ask ARG...: the peer asks; the report is in $REPORT.
-ask() { REPORT=$(peer_do "cpubond vm ask $*"); }
+ask() { REPORT=$(peer_do "cpubond vm traffic ask --size 0 --to $*"); }
 report() { jq -r "$1" <<<"$REPORT"; }
 
 # good COUNT: all were answered, none refused, broken or without an answer.
@@ -47,7 +47,7 @@ spread() {
 start() {
 	mkdir -p "$DIR"
 	nft list ruleset >"$DIR/before"
-	cpubond run --port 80 --name test "$@" -- cpubond vm echo --port '{port}' --tag '{cpu}' \
+	cpubond run --port 80 --name test "$@" -- cpubond vm traffic answer --at '[::]:{port}' --tag '{cpu}' \
 		>"$DIR/log" 2>&1 </dev/null &
 	wait_for 30 live 4
 }
@@ -103,7 +103,7 @@ own() {
 	local cpu to
 	for cpu in 0 3; do
 		for to in "127.0.0.1:80 127.0.0.1" "$SERVER_IP:80 $SERVER_IP" "[::1]:80 ::1"; do
-			REPORT=$(taskset -c "$cpu" cpubond vm ask "${to% *}" --from "${to#* }" --count 5)
+			REPORT=$(taskset -c "$cpu" cpubond vm traffic ask --size 0 --to "${to% *}" --from "${to#* }" --count 5)
 			good 5
 			check_eq "answers of CPU $cpu to ${to% *}" "$(served "$cpu")" 5
 		done
@@ -114,7 +114,7 @@ own() {
 others() {
 	ask "$SERVER_IP:81" --from 10.0.0.11 --count 2
 	check_eq "refused on another port" "$(report .refused)" 2
-	REPORT=$(cpubond vm ask "$PEER_IP:80" --from "$SERVER_IP" --count 2)
+	REPORT=$(cpubond vm traffic ask --size 0 --to "$PEER_IP:80" --from "$SERVER_IP" --count 2)
 	check_eq "refused by another machine" "$(report .refused)" 2
 }
 
@@ -135,7 +135,7 @@ drained() {
 # connection is refused.
 killed() {
 	local i
-	peer_do "cpubond vm ask $SERVER_IP:80 --from $FROM4 --seconds 12" >"$DIR/under" &
+	peer_do "cpubond vm traffic ask --size 0 --to $SERVER_IP:80 --from $FROM4 --seconds 12" >"$DIR/under" &
 	for i in 0 1 2; do
 		sleep 3
 		kill -9 "$(pid_of "$i")"
@@ -219,11 +219,11 @@ udp() {
 			}
 		}
 	NFT
-	ask "$SERVER_IP:80" --from "$FROM4" --udp --new-flows --count 300
+	ask "$SERVER_IP:80" --from "$FROM4" --protocol udp --count 300
 	good 300
 	spread
 	report4=$REPORT
-	ask "[$SERVER_IP6]:80" --from "$FROM6" --udp --new-flows --count 300
+	ask "[$SERVER_IP6]:80" --from "$FROM6" --protocol udp --count 300
 	good 300
 	spread
 	nft -j list chain inet count in |
@@ -239,7 +239,7 @@ udp() {
 # Lost is what comes between a daemon's death and the new table: datagrams are not sent
 # again. What comes later, by the same flows, is answered by others.
 udp_killed() {
-	peer_do "cpubond vm ask $SERVER_IP:80 --from $FROM4 --udp --seconds 16 --timeout 500" >"$DIR/under" &
+	peer_do "cpubond vm traffic ask --size 0 --to $SERVER_IP:80 --from $FROM4 --protocol udp --one-flow --seconds 16 --timeout 500" >"$DIR/under" &
 	sleep 3
 	kill -9 "$(pid_of 1)"
 	sleep 3
@@ -254,7 +254,7 @@ udp_killed() {
 	# the kernel tells one client, and a second's time goes by in vain.
 	check_le "not answered" $(($(report .refused) + $(report .silent))) $((8 * 2 * 8))
 	wait_for 30 live 4
-	ask "$SERVER_IP:80" --from "$FROM4" --udp --new-flows --count 200
+	ask "$SERVER_IP:80" --from "$FROM4" --protocol udp --count 200
 	good 200
 	spread
 	cpubond steer del test

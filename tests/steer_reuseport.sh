@@ -58,7 +58,7 @@ answered() {
 }
 
 # ask_udp ARG...: the peer sends datagrams, each a flow of its own; the report.
-ask_udp() { peer_do "cpubond vm ask --udp --new-flows $*"; }
+ask_udp() { peer_do "cpubond vm traffic ask --size 0 --protocol udp --to $*"; }
 
 from() { local last all=; for last in "${CLIENTS[@]}"; do all+=,$1$last; done; echo "${all#,}"; }
 
@@ -69,7 +69,7 @@ udp_live() {
 # Beside the service by TCP, on the same port.
 udp() {
 	cpubond run --name udp --port "$PUBLIC" --protocol udp --steer reuseport -- \
-		cpubond vm echo --port '{port}' --tag '{cpu}' --udp-reuseport <&- >"$STEER/udp.log" 2>&1 &
+		cpubond vm traffic answer --at '[::]:{port}' --tag '{cpu}' --protocol udp --reuseport <&- >"$STEER/udp.log" 2>&1 &
 	echo $! >"$STEER/udp.supervisor"
 	wait_for 30 udp_live 4
 	open_datagrams
@@ -113,7 +113,7 @@ removed() {
 	check_match "output of undo" "$out" "udp: service ended.*web: service ended"
 	wait_for 30 eval "! kill -0 $pid"
 	[ ! -e /run/cpubond/steer/udp.json ] || fail "the state is still there"
-	! pgrep -f '^cpubond (vm echo|keep) ' || fail "daemons are still there"
+	! pgrep -f '^cpubond (vm traffic|keep) ' || fail "daemons are still there"
 	ended
 	check_eq "net.ipv4.tcp_migrate_req" "$(sysctl -n net.ipv4.tcp_migrate_req)" "$(<"$STEER/migrate_req")"
 }

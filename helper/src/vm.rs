@@ -12,7 +12,6 @@ mod agent;
 mod clients;
 mod console;
 mod demo;
-mod echo;
 pub mod guest;
 pub mod image;
 mod ktap;
@@ -41,12 +40,6 @@ pub enum VmCommand {
     /// In a guest: do what the host says
     #[command(hide = true)]
     Agent,
-    /// In a guest: a server that tells which CPU received
-    #[command(hide = true)]
-    Echo(echo::Echo),
-    /// In a guest: ask it, count the answers
-    #[command(hide = true)]
-    Ask(echo::Ask),
     /// In a guest: ask the host for something
     #[command(hide = true)]
     Call {
@@ -71,8 +64,6 @@ pub fn run(command: &VmCommand) -> ExitCode {
         VmCommand::Test(args) => test::run(args),
         VmCommand::Demo(args) => demo::run(args),
         VmCommand::Shell(args) => shell::run(args),
-        VmCommand::Echo(echo) => echo.run(),
-        VmCommand::Ask(ask) => ask.run(),
         VmCommand::Agent => agent::run(),
         VmCommand::Call { args } => agent::call(args),
         VmCommand::Mark(command) => mark::run(command),

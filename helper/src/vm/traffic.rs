@@ -4,7 +4,7 @@
 //! | sends | receives | what it is for |
 //! |---|---|---|
 //! | `send` | `receive` | numbered datagrams at a steady pace: lost, duplicated, reordered, gaps |
-//! | `ask` | `answer` | requests by TCP or UDP from and to several addresses: each is answered |
+//! | `ask` | `answer` | requests by TCP or UDP from and to several addresses: which are answered, and on which CPU |
 //! | `bulk` | `drain` | one TCP stream by a thread that hops CPUs: what arrives out of order |
 
 mod bulk;
@@ -27,7 +27,7 @@ pub enum TrafficCommand {
     Send(stream::Send),
     /// Count what arrives of them
     Receive(stream::Receive),
-    /// Send requests, and check each answer
+    /// Send requests, and count what becomes of them
     Ask(talk::Ask),
     /// Answer requests until killed
     Answer(talk::Answer),

@@ -1,102 +1,243 @@
 //! Requests and answers: `ask` and `answer`.
 //!
-//! By TCP: a length (4 bytes, big endian) and as many bytes, which come back, in a
-//! connection of its own. By UDP: a datagram, which comes back.
+//! By TCP: a length (4 bytes, big endian) and as many bytes, in a connection of its own.
+//! By UDP: a datagram. The same bytes come back. A request of none is answered with a
+//! line that says who serves: a tag, the CPU that received (SO_INCOMING_CPU), the CPU
+//! that serves, and by TCP the address that was asked for.
 
-use super::{bound_socket, pin};
+use super::{bound_socket, pin, tell};
 use crate::cpulist::CpuSet;
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::net::{SocketType, ipproto};
+use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
+use rustix::thread::sched_getcpu;
 use serde::Serialize;
-use std::io::{Read, Write};
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Nothing here takes long, but the host may be busy.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// No request of ours is longer.
 const LONGEST: usize = 1 << 24;
+/// Room for the line that says who serves.
+const LINE: usize = 256;
+const BACKLOG: i32 = 1024;
 
-#[derive(Clone, Copy, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Protocol {
     Tcp,
     Udp,
 }
 
-/// Send requests, and check each answer.
+/// Send requests, and count what becomes of them; judging is for who reads that.
 #[derive(clap::Args)]
 pub struct Ask {
     /// By what
     #[arg(long, value_enum, default_value = "tcp")]
     protocol: Protocol,
-    /// Addresses to ask from, each in turn and by a thread of its own
+    /// Addresses to ask from, each by a thread of its own
     #[arg(long, value_name = "ADDR", value_delimiter = ',', required = true)]
     from: Vec<IpAddr>,
     /// Where `answer` is; each in turn
     #[arg(long, value_name = "ADDR:PORT", value_delimiter = ',', required = true)]
     to: Vec<SocketAddr>,
-    /// How many in all, each a flow of its own
+    /// How many in all, as many from each address
+    #[arg(long, required_unless_present = "seconds")]
+    count: Option<usize>,
+    /// For how long
     #[arg(long)]
-    count: usize,
-    /// Bytes of a request, and of its answer
+    seconds: Option<u64>,
+    /// Bytes of a request, and of its answer; 0 asks who serves
     #[arg(long, default_value_t = 128)]
     size: usize,
+    /// By UDP: all from one port of each address (default: each a flow of its own)
+    #[arg(long)]
+    one_flow: bool,
+    /// Milliseconds to wait for a connection, and for an answer
+    #[arg(long, value_name = "MS", default_value_t = 10_000)]
+    timeout: u64,
 }
 
 /// What `ask` prints.
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Asked {
     asked: usize,
     answered: usize,
+    /// With `--size 0`: by what they say.
+    answers: BTreeMap<String, usize>,
+    /// The connection, or the datagram, was refused.
+    refused: usize,
+    /// The connection was made, and broken before its answer, or that was a wrong one.
+    broken: usize,
+    /// No connection, or no answer, in time.
+    silent: usize,
+    longest_ms: u128,
+    /// When the last of those that were not answered was given up, since the start.
+    unanswered_until_ms: u128,
+}
+
+/// What became of a request.
+enum Outcome {
+    Answer(Vec<u8>),
+    Refused,
+    Broken,
+    Silent,
 }
 
 impl Ask {
-    /// Ask all; fails if one was not answered.
+    /// Ask all.
     pub fn run(&self) -> Result<ExitCode> {
         if self.size > LONGEST {
             bail!("--size {}: want at most {LONGEST}", self.size);
         }
-        let failures: Vec<anyhow::Error> = thread::scope(|scope| {
+        let begin = Instant::now();
+        let asked = Mutex::new(Asked::default());
+        // One that cannot ask at all stops the others.
+        let failed = AtomicBool::new(false);
+        thread::scope(|scope| {
             let threads: Vec<_> = (0..self.from.len())
-                .map(|first| scope.spawn(move || self.ask_from(first)))
-                .collect();
-            threads
-                .into_iter()
-                .flat_map(|thread| {
-                    thread
-                        .join()
-                        .unwrap_or_else(|_| vec![anyhow!("a thread panicked")])
+                .map(|first| {
+                    let (asked, failed) = (&asked, &failed);
+                    scope.spawn(move || {
+                        self.ask_from(first, begin, asked, failed)
+                            .inspect_err(|_| failed.store(true, Ordering::Relaxed))
+                    })
                 })
-                .collect()
-        });
-        super::tell(Asked {
-            asked: self.count,
-            answered: self.count.saturating_sub(failures.len()),
+                .collect();
+            threads.into_iter().try_for_each(|thread| {
+                thread
+                    .join()
+                    .unwrap_or_else(|_| Err(anyhow!("a thread panicked")))
+            })
         })?;
-        match failures.into_iter().next() {
-            Some(error) => Err(error),
-            None => Ok(ExitCode::SUCCESS),
-        }
+        tell(asked.into_inner().unwrap_or_else(PoisonError::into_inner))?;
+        Ok(ExitCode::SUCCESS)
     }
 
-    /// All from one address; what went wrong.
-    fn ask_from(&self, first: usize) -> Vec<anyhow::Error> {
-        let turns = (first..self.count).step_by(self.from.len());
-        turns
-            .filter_map(|number| {
-                let from = self.from[first];
-                let to = self.to[number / self.from.len() % self.to.len()];
-                let ask = match self.protocol {
-                    Protocol::Tcp => ask_tcp,
-                    Protocol::Udp => ask_udp,
-                };
-                ask(from, to, &request(number, self.size))
-                    .with_context(|| format!("request {number}, {from} to {to}"))
-                    .err()
-            })
-            .collect()
+    /// All from one address.
+    fn ask_from(
+        &self,
+        first: usize,
+        begin: Instant,
+        asked: &Mutex<Asked>,
+        failed: &AtomicBool,
+    ) -> Result<()> {
+        let from = self.from[first];
+        let end = self
+            .seconds
+            .map(|seconds| begin + Duration::from_secs(seconds));
+        let mut socket = None;
+        for number in (first..self.count.unwrap_or(usize::MAX)).step_by(self.from.len()) {
+            let start = Instant::now();
+            if failed.load(Ordering::Relaxed) || end.is_some_and(|end| end <= start) {
+                break;
+            }
+            let to = self.to[number / self.from.len() % self.to.len()];
+            let request = request(number, self.size);
+            let outcome = match self.protocol {
+                Protocol::Tcp => self.ask_tcp(from, to, &request),
+                Protocol::Udp => {
+                    let socket = match &mut socket {
+                        Some(socket) if self.one_flow => socket,
+                        socket => socket.insert(UdpSocket::from(bound_socket(
+                            SocketType::DGRAM,
+                            ipproto::UDP,
+                            from,
+                        )?)),
+                    };
+                    self.ask_udp(socket, to, &request)
+                }
+            }
+            .with_context(|| format!("request {number}, {from} to {to}"))?;
+            asked.lock().unwrap_or_else(PoisonError::into_inner).add(
+                outcome,
+                &request,
+                start.elapsed(),
+                begin.elapsed(),
+            );
+        }
+        Ok(())
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        Some(Duration::from_millis(self.timeout))
+    }
+
+    fn ask_tcp(&self, from: IpAddr, to: SocketAddr, request: &[u8]) -> Result<Outcome> {
+        let socket = bound_socket(SocketType::STREAM, ipproto::TCP, from)?;
+        let mut stream = TcpStream::from(socket);
+        stream.set_read_timeout(self.timeout())?;
+        // Of connecting too.
+        stream.set_write_timeout(self.timeout())?;
+        if let Err(error) = rustix::net::connect(&stream, &to) {
+            return match io::Error::from(error).kind() {
+                ErrorKind::ConnectionRefused => Ok(Outcome::Refused),
+                // Its SYN was answered, what came next was not.
+                ErrorKind::ConnectionReset => Ok(Outcome::Broken),
+                ErrorKind::WouldBlock | ErrorKind::TimedOut => Ok(Outcome::Silent),
+                _ if error == rustix::io::Errno::INPROGRESS => Ok(Outcome::Silent),
+                _ => Err(io::Error::from(error)).context("cannot connect"),
+            };
+        }
+        let length = u32::try_from(request.len())?;
+        let mut answer = Vec::new();
+        let talked = stream
+            .write_all(&length.to_be_bytes())
+            .and_then(|()| stream.write_all(request))
+            .and_then(|()| stream.read_to_end(&mut answer));
+        Ok(match talked {
+            Ok(_) => Outcome::Answer(answer),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Outcome::Silent,
+            Err(_) => Outcome::Broken,
+        })
+    }
+
+    fn ask_udp(&self, socket: &UdpSocket, to: SocketAddr, request: &[u8]) -> Result<Outcome> {
+        socket.set_read_timeout(self.timeout())?;
+        socket.connect(to).context("cannot connect")?;
+        let mut answer = vec![0; request.len() + LINE];
+        match socket.send(request).and_then(|_| socket.recv(&mut answer)) {
+            Ok(length) => {
+                answer.truncate(length);
+                Ok(Outcome::Answer(answer))
+            }
+            Err(error) => match error.kind() {
+                ErrorKind::ConnectionRefused => Ok(Outcome::Refused),
+                ErrorKind::WouldBlock | ErrorKind::TimedOut => Ok(Outcome::Silent),
+                _ => Err(error).context("datagram"),
+            },
+        }
+    }
+}
+
+impl Asked {
+    /// `at` is since the start.
+    fn add(&mut self, outcome: Outcome, request: &[u8], took: Duration, at: Duration) {
+        let answered = self.answered;
+        self.asked += 1;
+        self.longest_ms = self.longest_ms.max(took.as_millis());
+        match outcome {
+            Outcome::Answer(answer) if request.is_empty() && answer.ends_with(b"\n") => {
+                let line = String::from_utf8_lossy(&answer).trim_end().to_owned();
+                *self.answers.entry(line).or_default() += 1;
+                self.answered += 1;
+            }
+            Outcome::Answer(answer) if !request.is_empty() && answer == request => {
+                self.answered += 1;
+            }
+            Outcome::Answer(_) | Outcome::Broken => self.broken += 1,
+            Outcome::Refused => self.refused += 1,
+            Outcome::Silent => self.silent += 1,
+        }
+        if self.answered == answered {
+            self.unanswered_until_ms = at.as_millis();
+        }
     }
 }
 
@@ -106,45 +247,30 @@ fn request(number: usize, size: usize) -> Vec<u8> {
     number.into_iter().cycle().take(size).collect()
 }
 
-fn ask_tcp(from: IpAddr, to: SocketAddr, request: &[u8]) -> Result<()> {
-    let socket = bound_socket(SocketType::STREAM, ipproto::TCP, from)?;
-    let mut stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(PATIENCE))?;
-    // Of connecting too.
-    stream.set_write_timeout(Some(PATIENCE))?;
-    rustix::net::connect(&stream, &to).context("cannot connect")?;
-    stream.write_all(&u32::try_from(request.len())?.to_be_bytes())?;
-    stream.write_all(request)?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).context("no answer")?;
-    if answer != request {
-        bail!("a wrong answer, of {} bytes", answer.len());
-    }
-    Ok(())
-}
-
-fn ask_udp(from: IpAddr, to: SocketAddr, request: &[u8]) -> Result<()> {
-    let socket = UdpSocket::from(bound_socket(SocketType::DGRAM, ipproto::UDP, from)?);
-    socket.set_read_timeout(Some(PATIENCE))?;
-    socket.connect(to)?;
-    socket.send(request)?;
-    let mut answer = vec![0; request.len() + 1];
-    let length = socket.recv(&mut answer).context("no answer")?;
-    if &answer[..length] != request {
-        bail!("a wrong answer, of {length} bytes");
-    }
-    Ok(())
-}
-
 /// Answer requests until killed.
 #[derive(clap::Args)]
 pub struct Answer {
-    /// Where, by TCP and by UDP
+    /// Where; [::] is of both families
     #[arg(long, value_name = "ADDR:PORT", value_delimiter = ',', required = true)]
     at: Vec<SocketAddr>,
+    /// By what (default: both)
+    #[arg(long, value_enum)]
+    protocol: Option<Protocol>,
     /// A thread pinned on each of these takes what comes (default: one, unpinned)
     #[arg(long, value_name = "CPULIST")]
     cpus: Option<CpuSet>,
+    /// What this server is called in answers to who serves
+    #[arg(long, default_value = "-")]
+    tag: String,
+    /// With SO_REUSEPORT
+    #[arg(long)]
+    reuseport: bool,
+}
+
+/// Where requests come in.
+enum Socket {
+    Tcp(TcpListener),
+    Udp(UdpSocket),
 }
 
 impl Answer {
@@ -155,26 +281,52 @@ impl Answer {
             None => vec![None],
         };
         // All are there before the first answers.
-        let sockets = self
-            .at
-            .iter()
-            .map(|at| {
-                let what = || format!("{at}: cannot listen");
-                Ok((
-                    TcpListener::bind(at).with_context(what)?,
-                    UdpSocket::bind(at).with_context(what)?,
-                ))
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let mut sockets = Vec::new();
+        for &at in &self.at {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                if self.protocol.is_none_or(|only| only == protocol) {
+                    let socket = self
+                        .listen(protocol, at)
+                        .with_context(|| format!("{at}: cannot listen"))?;
+                    sockets.push(socket);
+                }
+            }
+        }
         thread::scope(|scope| {
-            for (tcp, udp) in &sockets {
+            for socket in &sockets {
                 for &cpu in &cpus {
-                    scope.spawn(move || complain(serve(cpu, || answer_tcp(tcp))));
-                    scope.spawn(move || complain(serve(cpu, || answer_udp(udp))));
+                    scope.spawn(move || {
+                        complain(serve(cpu, || match socket {
+                            Socket::Tcp(listener) => answer_tcp(listener, &self.tag),
+                            Socket::Udp(socket) => answer_udp(socket, &self.tag),
+                        }));
+                    });
                 }
             }
         });
         bail!("no thread is left")
+    }
+
+    fn listen(&self, protocol: Protocol, at: SocketAddr) -> io::Result<Socket> {
+        let family = match at {
+            SocketAddr::V4(_) => AddressFamily::INET,
+            SocketAddr::V6(_) => AddressFamily::INET6,
+        };
+        let open = |kind| -> io::Result<OwnedFd> {
+            let socket = rustix::net::socket(family, kind, None)?;
+            sockopt::set_socket_reuseaddr(&socket, kind == SocketType::STREAM)?;
+            sockopt::set_socket_reuseport(&socket, self.reuseport)?;
+            rustix::net::bind(&socket, &at)?;
+            Ok(socket)
+        };
+        Ok(match protocol {
+            Protocol::Tcp => {
+                let socket = open(SocketType::STREAM)?;
+                rustix::net::listen(&socket, BACKLOG)?;
+                Socket::Tcp(socket.into())
+            }
+            Protocol::Udp => Socket::Udp(open(SocketType::DGRAM)?.into()),
+        })
     }
 }
 
@@ -188,14 +340,14 @@ fn serve(cpu: Option<u32>, mut answer: impl FnMut() -> Result<()>) -> Result<()>
     }
 }
 
-/// Who asked in vain tells it too, and fails.
+/// Who asked in vain counts it too.
 fn complain(result: Result<()>) {
     if let Err(error) = result {
         eprintln!("cpubond: vm traffic answer: {error:#}");
     }
 }
 
-fn answer_tcp(listener: &TcpListener) -> Result<()> {
+fn answer_tcp(listener: &TcpListener, tag: &str) -> Result<()> {
     let (mut stream, from) = listener.accept()?;
     let mut talk = || -> Result<()> {
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -208,19 +360,39 @@ fn answer_tcp(listener: &TcpListener) -> Result<()> {
         }
         let mut request = vec![0; length];
         stream.read_exact(&mut request)?;
+        if request.is_empty() {
+            let address = stream.local_addr()?.ip().to_canonical();
+            request = who(tag, &stream, &address.to_string())?;
+        }
         stream.write_all(&request)?;
         Ok(())
     };
     talk().with_context(|| from.to_string())
 }
 
-fn answer_udp(socket: &UdpSocket) -> Result<()> {
+fn answer_udp(socket: &UdpSocket, tag: &str) -> Result<()> {
     let mut request = [0; 1 << 16];
     let (length, from) = socket.recv_from(&mut request)?;
+    let line = match length {
+        0 => who(tag, socket, "-")?,
+        _ => Vec::new(),
+    };
+    let answer = if length == 0 {
+        &line
+    } else {
+        &request[..length]
+    };
     socket
-        .send_to(&request[..length], from)
+        .send_to(answer, from)
         .with_context(|| from.to_string())?;
     Ok(())
+}
+
+/// The line that says who serves.
+fn who(tag: &str, socket: impl AsFd, address: &str) -> io::Result<Vec<u8>> {
+    let received = sockopt::socket_incoming_cpu(socket)?;
+    let line = format!("{tag} {received} {} {address}\n", sched_getcpu());
+    Ok(line.into_bytes())
 }
 
 #[cfg(test)]
@@ -228,34 +400,95 @@ mod tests {
     use super::*;
     use std::net::Ipv4Addr;
 
+    fn ask() -> Ask {
+        Ask {
+            protocol: Protocol::Tcp,
+            from: Vec::new(),
+            to: Vec::new(),
+            count: None,
+            seconds: None,
+            size: 0,
+            one_flow: false,
+            timeout: 10_000,
+        }
+    }
+
+    fn answer(protocol: Protocol) -> (Socket, SocketAddr) {
+        let answer = Answer {
+            at: Vec::new(),
+            protocol: None,
+            cpus: None,
+            tag: String::new(),
+            reuseport: false,
+        };
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let socket = answer.listen(protocol, any).expect("listens");
+        let at = match &socket {
+            Socket::Tcp(socket) => socket.local_addr(),
+            Socket::Udp(socket) => socket.local_addr(),
+        };
+        (socket, at.expect("address"))
+    }
+
+    fn added(outcome: Outcome, request: &[u8]) -> Asked {
+        let mut asked = Asked::default();
+        asked.add(outcome, request, Duration::ZERO, Duration::ZERO);
+        asked
+    }
+
     #[test]
     fn what_is_asked_is_answered() {
-        let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("listen");
-        let udp = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
-        let (tcp_at, udp_at) = (
-            tcp.local_addr().expect("address"),
-            udp.local_addr().expect("address"),
-        );
-        thread::spawn(move || complain(serve(None, || answer_tcp(&tcp))));
-        thread::spawn(move || complain(serve(None, || answer_udp(&udp))));
+        let (Socket::Tcp(tcp), tcp_at) = answer(Protocol::Tcp) else {
+            panic!("not TCP");
+        };
+        let (Socket::Udp(udp), udp_at) = answer(Protocol::Udp) else {
+            panic!("not UDP");
+        };
+        thread::spawn(move || complain(serve(None, || answer_tcp(&tcp, "tag"))));
+        thread::spawn(move || complain(serve(None, || answer_udp(&udp, "tag"))));
         let from = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        for size in [0, 1, 128, 1 << 20] {
-            ask_tcp(from, tcp_at, &request(7, size)).expect("answered");
+        for size in [1, 128, 1 << 20] {
+            let request = request(7, size);
+            let outcome = ask().ask_tcp(from, tcp_at, &request).expect("asked");
+            assert_eq!(added(outcome, &request).answered, 1, "{size}");
         }
-        ask_udp(from, udp_at, &request(7, 1000)).expect("answered");
+        let outcome = ask().ask_tcp(from, tcp_at, &[]).expect("asked");
+        let asked = added(outcome, &[]);
+        let line = asked.answers.keys().next().expect("a line");
+        assert!(line.starts_with("tag "), "{line}");
+        assert!(line.ends_with(" 127.0.0.1"), "{line}");
+
+        let socket =
+            UdpSocket::from(bound_socket(SocketType::DGRAM, ipproto::UDP, from).expect("bound"));
+        let request = request(7, 1000);
+        let outcome = ask().ask_udp(&socket, udp_at, &request).expect("asked");
+        assert_eq!(added(outcome, &request).answered, 1);
+        let outcome = ask().ask_udp(&socket, udp_at, &[]).expect("asked");
+        let asked = added(outcome, &[]);
+        assert!(asked.answers.keys().all(|line| line.ends_with(" -")));
+        assert_eq!(asked.answered, 1);
     }
 
     #[test]
     fn a_wrong_answer_is_none() {
-        let udp = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
-        let at = udp.local_addr().expect("address");
-        thread::spawn(move || {
-            let mut request = [0; 100];
-            let (_, from) = udp.recv_from(&mut request).expect("a request");
-            udp.send_to(&request[..99], from).expect("sent");
-        });
-        let error = ask_udp(IpAddr::V4(Ipv4Addr::LOCALHOST), at, &request(1, 100))
-            .expect_err("a byte is missing");
-        assert!(error.to_string().contains("99 bytes"), "{error}");
+        for (answer, request) in [
+            (&b"xx"[..], &b"xxx"[..]),
+            (b"", b"x"),
+            (b"", b""),
+            (b"no end", b""),
+        ] {
+            let asked = added(Outcome::Answer(answer.to_vec()), request);
+            assert_eq!((asked.answered, asked.broken), (0, 1));
+        }
+    }
+
+    #[test]
+    fn who_does_not_listen_refuses() {
+        let (socket, at) = answer(Protocol::Tcp);
+        drop(socket);
+        let outcome = ask()
+            .ask_tcp(IpAddr::V4(Ipv4Addr::LOCALHOST), at, &[])
+            .expect("asked");
+        assert_eq!(added(outcome, &[]).refused, 1);
     }
 }
