@@ -177,6 +177,7 @@ const HOUSEKEEPING: &[&str] = &[
     "smpboot_thread_fn",
     "kthread_worker_fn",
     "kcompactd",
+    "kdamond_fn",
     "kswapd",
     "khugepaged",
     "oom_reaper",

@@ -82,6 +82,8 @@ impl Task {
             Place::User => {
                 self.interrupts.clear();
                 self.base = Softirq::None;
+                // The kernel's own threads never are here; one that was taken for such is none.
+                self.housekeeping = false;
                 return Class::User;
             }
             Place::Interrupt => self.interrupts.push(Softirq::None),
@@ -179,6 +181,18 @@ mod tests {
             [Class::User, Class::Path]
         );
         assert_eq!(task.depth(), 0);
+    }
+
+    #[test]
+    fn a_task_with_user_space_is_no_kernel_thread() {
+        use Class::{Path, Sched, User};
+        assert_eq!(
+            run(
+                &mut Task::default(),
+                &[Place::Housekeeping, Place::Plain, Place::User, Place::Plain]
+            ),
+            [Sched, Sched, User, Path]
+        );
     }
 
     #[test]
