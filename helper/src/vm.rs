@@ -19,7 +19,7 @@ pub mod lab;
 pub mod machine;
 mod mark;
 mod micro;
-mod setup;
+pub mod setup;
 mod shell;
 mod test;
 pub mod topology;

@@ -2,6 +2,7 @@
 //! stopped. What is done in the guest is in `guest/setup.sh`.
 
 use super::lab::Lab;
+use super::topology::Topology;
 use crate::steer::Method;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
@@ -16,12 +17,18 @@ pub enum Setup {
     /// One NIC, whose interrupt is on one CPU; one listener; a worker for each CPU, which
     /// runs where the scheduler has it.
     Usual,
+    /// A bond in a stock mode with a NIC for each CPU; pinned servers that share the port
+    /// by `SO_REUSEPORT`.
+    Balance(&'static str),
+    /// One NIC with a queue for each CPU, and a server pinned on each, which gets what its
+    /// CPU receives: what is best without a bond.
+    Multiqueue,
     /// A bond with a NIC for each CPU, and a server pinned on each.
     CpuBound(Method),
 }
 
 impl Setup {
-    /// All there are.
+    /// Those of the demo.
     pub const ALL: [Self; 4] = [
         Self::Usual,
         Self::CpuBound(Method::Nat),
@@ -35,6 +42,8 @@ impl Setup {
     pub fn name(self) -> &'static str {
         match self {
             Self::Usual => "usual",
+            Self::Balance(mode) => mode,
+            Self::Multiqueue => "multiqueue",
             Self::CpuBound(_) => "cpu_bound",
         }
     }
@@ -42,7 +51,8 @@ impl Setup {
     /// As in `demo.json`: how connections get to their CPU's server.
     pub fn steer(self) -> String {
         match self {
-            Self::Usual => "none".to_string(),
+            Self::Usual | Self::Balance(_) => "none".to_string(),
+            Self::Multiqueue => Method::Reuseport.to_string(),
             Self::CpuBound(method) => method.to_string(),
         }
     }
@@ -50,16 +60,34 @@ impl Setup {
     /// The program. lighttpd has no way to set `SO_REUSEPORT`.
     pub fn server(self) -> &'static str {
         match self {
-            Self::CpuBound(Method::Reuseport) => "nginx",
-            _ => "lighttpd",
+            Self::Usual | Self::CpuBound(Method::Nat | Method::SkLookup) => "lighttpd",
+            Self::Balance(_) | Self::Multiqueue | Self::CpuBound(Method::Reuseport) => "nginx",
         }
     }
 
     /// NICs it has, on so many CPUs.
     fn nics(self, cpus: u32) -> u32 {
         match self {
-            Self::Usual => 1,
-            Self::CpuBound(_) => cpus,
+            Self::Usual | Self::Multiqueue => 1,
+            Self::Balance(_) | Self::CpuBound(_) => cpus,
+        }
+    }
+
+    /// Queues that each of them has.
+    fn queues(self, cpus: u32) -> u32 {
+        match self {
+            Self::Multiqueue => cpus,
+            _ => 1,
+        }
+    }
+
+    /// The machines that it needs.
+    pub fn topology(self, cpus: u32) -> Topology {
+        Topology {
+            cpus,
+            nics: self.nics(cpus),
+            queues: self.queues(cpus),
+            ..Topology::default()
         }
     }
 
@@ -67,11 +95,14 @@ impl Setup {
     /// back first.
     pub fn start(self, lab: &Lab, cpus: u32, bytes: u32) -> Result<Running<'_>> {
         let (nics, there) = (self.nics(cpus), lab.topology());
-        if cpus == 0 || cpus > there.cpus || nics > there.nics {
+        let queues = self.queues(cpus);
+        if cpus == 0 || cpus > there.cpus || nics > there.nics || queues != there.queues {
             bail!(
-                "a server with {cpus} CPUs and {nics} NICs does not fit the lab's, which has {} and {}",
+                "a server with {cpus} CPUs and {nics} NICs of {queues} queues does not fit the \
+                 lab's, which has {}, {} and {}",
                 there.cpus,
-                there.nics
+                there.nics,
+                there.queues
             );
         }
         lab.reset(&format!("balance-xor layer3+4 {nics}"))?;

@@ -3,7 +3,7 @@
 # known state. Fails when that cannot be done; the harness then boots a new one.
 
 rc=0
-pkill -x 'lighttpd|ab|iperf3|irqbalance|tcpdump|ping|strace|traffic'
+pkill -x 'lighttpd|nginx|ab|iperf3|irqbalance|tcpdump|ping|strace|traffic'
 # The agent has the same program name. What `cpubond run` keeps ends with it.
 pkill -KILL -f '^cpubond run '
 for _ in {1..100}; do
@@ -21,8 +21,9 @@ if pkill -KILL -x 'systemd|systemd-udevd'; then
 	rm -rf /run/systemd /run/udev
 fi
 
+# The only CPU of a machine has no such file.
 for online in /sys/devices/system/cpu/cpu*/online; do
-	[ "$(<"$online")" = 1 ] || echo 1 >"$online" || rc=1
+	[ ! -e "$online" ] || [ "$(<"$online")" = 1 ] || echo 1 >"$online" || rc=1
 done
 
 for event in /sys/kernel/tracing/events/net/*/trigger; do

@@ -9,6 +9,12 @@
 #       a bond of as many NICs, each NIC's interrupt and one pinned server on a CPU of
 #       its own: `cpubond up`, `cpubond run --steer`. The server is lighttpd; under
 #       reuseport nginx, for lighttpd does not set SO_REUSEPORT
+#   setup.sh start balance-rr|balance-xor none CPUS BYTES
+#       the same bond in a stock mode; pinned nginx servers that share the port by
+#       SO_REUSEPORT, and the kernel's hash says whose a connection is
+#   setup.sh start multiqueue reuseport CPUS BYTES
+#       eth0 alone, with a queue pair for each CPU, interrupts and XPS by CPU; the
+#       servers as for cpu_bound reuseport
 #   setup.sh audit       from here on each connection is followed by `cpubond audit`
 #   setup.sh audited     once all are closed: what it says, as JSON
 #   setup.sh accepted    connections that the kernel has accepted since boot
@@ -66,10 +72,48 @@ start_usual() {
 }
 
 start_cpu_bound() {
+	local steer=$1 cpus=$2
+	# shellcheck disable=SC2046 # a list of words
+	cpubond up "$BOND" $(first "$cpus") --cpus "0-$((cpus - 1))" --address "$SERVER_IP/24"
+	serve "$steer" "$cpus"
+}
+
+# balance MODE CPUS: all as for cpu_bound, but nobody looks at CPUs.
+balance() {
+	local mode=$1 cpus=$2 cpu
+	# shellcheck disable=SC2046 # a list of words
+	cpubond up "$BOND" $(first "$cpus") --mode "$mode" --cpus "0-$((cpus - 1))" --address "$SERVER_IP/24"
+	for ((cpu = 0; cpu < cpus; cpu++)); do
+		nginx_conf "$cpu" >"$DIR/conf.$cpu"
+		setsid taskset -c "$cpu" nginx -c "$DIR/conf.$cpu" </dev/null >>"$DIR/run.log" 2>&1 &
+	done
+	wait_for 60 listening "$cpus"
+}
+
+# listening COUNT: so many sockets have the port.
+listening() { [ "$(ss -Htln "sport = :$PORT" | wc -l)" = "$1" ]; }
+
+start_multiqueue() {
+	local steer=$1 cpus=$2 queue irq dev
+	dev=$(basename "$(readlink "$SYS/eth0/device")")
+	for ((queue = 0; queue < cpus; queue++)); do
+		for irq in $(awk -v dev="$dev-" -v queue=".$queue" '
+				$NF == dev "input" queue || $NF == dev "output" queue { print +$1 }' /proc/interrupts); do
+			echo "$queue" >"/proc/irq/$irq/smp_affinity_list"
+		done
+		# A NIC of one queue has nothing to choose.
+		[ "$cpus" = 1 ] || printf '%x\n' "$((1 << queue))" >"$SYS/eth0/queues/tx-$queue/xps_cpus"
+	done
+	[ "$(find "$SYS/eth0/queues" -name 'rx-*' | wc -l)" = "$cpus" ] || fail "eth0 has not a queue for each CPU"
+	ip addr add "$SERVER_IP/24" dev eth0
+	ip link set eth0 up
+	serve "$steer" "$cpus"
+}
+
+# serve STEER CPUS: a pinned server on each CPU, each given what its CPU receives.
+serve() {
 	local steer=$1 cpus=$2 list cpu server
 	list=0-$((cpus - 1))
-	# shellcheck disable=SC2046 # a list of words
-	cpubond up "$BOND" $(first "$cpus") --cpus "$list" --address "$SERVER_IP/24"
 	server="lighttpd -D -f"
 	[ "$steer" != reuseport ] || server="nginx -c"
 	for ((cpu = 0; cpu < cpus; cpu++)); do
@@ -100,7 +144,10 @@ start() {
 	rm -rf "$DIR"
 	mkdir -p "$DIR/www"
 	head -c "$bytes" /dev/zero | tr '\0' x >"$DIR/www/index.html"
-	"start_$setup" "$steer" "$cpus"
+	case $setup in
+	balance-*) balance "$setup" "$cpus" ;;
+	*) "start_$setup" "$steer" "$cpus" ;;
+	esac
 	wait_for 20 ping -q -c 1 -W 1 "$PEER_IP"
 	xmit_trace on
 }
@@ -138,12 +185,15 @@ accepted() {
 }
 
 stop() {
-	if [ -e "$SYS/$BOND" ]; then
+	if [ -n "$(cpubond steer list -j | jq -r '.services[].name')" ]; then
 		cpubond steer del "$SERVICE"
+	else
+		pkill -x 'lighttpd|nginx'
+		wait_for 10 eval "! pgrep -x 'lighttpd|nginx'"
+	fi
+	if [ -e "$SYS/$BOND" ]; then
 		cpubond down "$BOND"
 	else
-		pkill -x lighttpd
-		wait_for 10 eval "! pgrep -x lighttpd"
 		ip link set eth0 down
 		ip addr flush dev eth0
 	fi
