@@ -65,5 +65,11 @@ rc=0
 read -r p f s < <(ktap_counts "$log")
 count "bench tx --quick --check" "$rc" "$p" "$f" "$s"
 
+say "what serving costs, as ratios"
+rc=0
+"$cpubond" bench system --quick --check 2>&1 | tee "$log" || rc=$?
+read -r p f s < <(ktap_counts "$log")
+count "bench system --quick --check" "$rc" "$p" "$f" "$s"
+
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" = 0 ]

@@ -3,15 +3,18 @@
 //! | subcommand | what |
 //! |---|---|
 //! | `tx` | the transmit path, by each peer |
+//! | `system` | a whole server, in each set-up |
 //! | `all` | everything, and the report |
 //! | `report` | figures and `docs/results.md` from what was measured |
 //! | `prof` | one load under the profiler, function by function |
 //! | `native` | the same peers on real NICs, by the clock |
 
 mod all;
+mod ask;
 mod figures;
 mod gate;
 mod load;
+mod model;
 mod native;
 mod peer;
 mod prof;
@@ -21,6 +24,7 @@ mod queue_id;
 mod report;
 mod results;
 mod state;
+mod system;
 mod team;
 mod tx;
 
@@ -33,6 +37,7 @@ use std::process::ExitCode;
 #[derive(clap::Subcommand)]
 pub enum BenchCommand {
     Tx(tx::Args),
+    System(system::Args),
     All(all::All),
     Report(report::Report),
     Prof(prof::Prof),
@@ -46,12 +51,16 @@ pub enum BenchCommand {
     /// In the lab's peer: answer requests
     #[command(hide = true)]
     Answer(load::Answer),
+    /// In the lab's peer: make requests
+    #[command(hide = true)]
+    Ask(ask::Ask),
 }
 
 /// Run one, with what went wrong on one line.
 pub fn run(command: &BenchCommand) -> ExitCode {
     let result = match command {
         BenchCommand::Tx(args) => tx::run(args),
+        BenchCommand::System(args) => system::run(args),
         BenchCommand::All(all) => all.run(),
         BenchCommand::Report(report) => report.run(),
         BenchCommand::Prof(prof) => prof.run(),
@@ -59,6 +68,7 @@ pub fn run(command: &BenchCommand) -> ExitCode {
         BenchCommand::SetUp(set_up) => set_up.run(),
         BenchCommand::Send(send) => send.run(),
         BenchCommand::Answer(answer) => answer.run(),
+        BenchCommand::Ask(ask) => ask.run(),
     };
     result.unwrap_or_else(|error| {
         eprintln!("cpubond: error: {error:#}");

@@ -1,7 +1,7 @@
 //! `cpubond bench all`: everything that is measured, then the report.
 
 use super::report::Report;
-use super::tx;
+use super::{system, tx};
 use anyhow::Result;
 use std::process::ExitCode;
 
@@ -21,7 +21,16 @@ pub struct All {
 impl All {
     /// One after the other; what one could not measure does not stop the next.
     pub fn run(&self) -> Result<ExitCode> {
-        let code = tx::run(&self.tx)?;
+        let mut code = tx::run(&self.tx)?;
+        let whole = system::run(&system::Args {
+            quick: self.tx.quick,
+            check: self.tx.check,
+            modules: self.tx.modules.clone(),
+            ..system::Args::default()
+        })?;
+        if code == ExitCode::SUCCESS {
+            code = whole;
+        }
         if !self.tx.quick {
             Report::default().run()?;
         }

@@ -9,6 +9,8 @@ use std::fmt::Display;
 pub struct Lines<'a> {
     /// Above it.
     pub title: &'a str,
+    /// Along the horizontal axis.
+    pub x: &'a str,
     /// Along the vertical axis.
     pub y: &'a str,
     /// Each with its points: CPUs, value, lowest, highest.
@@ -88,7 +90,7 @@ impl Lines<'_> {
                     String::new()
                 }
             })
-            .x_desc("CPUs that send, each pinned")
+            .x_desc(self.x)
             .y_desc(self.y)
             .label_style(("sans-serif", 14))
             .draw()
@@ -246,6 +248,7 @@ mod tests {
     fn all_that_was_measured_is_drawn() {
         let svg = Lines {
             title: "Title",
+            x: "CPUs that send",
             y: "transfers a packet",
             series: vec![
                 (

@@ -2,7 +2,8 @@
 
 use super::load::Generator;
 use super::peer::Peer;
-use super::results::{Results, Slaves, Tx};
+use super::results::{Results, Slaves, System, Tx};
+use super::system::Name;
 use std::process::ExitCode;
 
 /// Who has to be measured for it.
@@ -23,6 +24,10 @@ const SLACK: f64 = 1.0;
 const CHOICE: f64 = 30.0;
 /// What is told apart has to be this much apart.
 const APART: f64 = 3.0;
+/// The same of a request's lines.
+const LINES: f64 = 2.0;
+/// How much busier than the mean the busiest CPU may be, for a few hundred requests.
+const UNEVEN: f64 = 1.25;
 
 /// A statement about two figures, whether it holds, and the figures.
 struct Verdict {
@@ -31,33 +36,97 @@ struct Verdict {
     figures: String,
 }
 
-/// KTAP of all of them, on standard output.
+/// KTAP of those of the transmit path, on standard output.
 pub fn judge(results: &Results, problems: &[String]) -> ExitCode {
-    let verdicts = verdicts(results);
-    println!("KTAP version 1\n1..{}", verdicts.len() + 1);
-    let mut failed = 0;
-    let mut number = 0;
-    let mut show = |holds: bool, what: &str, figures: &str| {
-        number += 1;
-        failed += u32::from(!holds);
-        println!("# {figures}");
-        println!("{} {number} - {what}", if holds { "ok" } else { "not ok" });
-    };
-    for verdict in &verdicts {
-        show(verdict.holds, &verdict.what, &verdict.figures);
-    }
     let packets: u64 = results.tx.iter().map(|tx| tx.packets).sum();
-    show(
-        problems.is_empty() && packets > 0,
-        "all peers could be measured",
-        &format!(
+    let mut verdicts = verdicts(results);
+    verdicts.push(Verdict {
+        what: "all peers could be measured".to_owned(),
+        holds: problems.is_empty() && packets > 0,
+        figures: format!(
             "{} peers, {packets} packets; {} problems {}",
             results.tx.len(),
             problems.len(),
             problems.join("; ")
         ),
-    );
-    ExitCode::from(u8::from(failed > 0))
+    });
+    show(&verdicts)
+}
+
+/// KTAP of those of the whole system.
+pub fn judge_system(rows: &[System], problems: &[String]) -> ExitCode {
+    show(&system_verdicts(rows, problems))
+}
+
+fn show(verdicts: &[Verdict]) -> ExitCode {
+    println!("KTAP version 1\n1..{}", verdicts.len());
+    for (number, verdict) in (1..).zip(verdicts) {
+        let result = if verdict.holds { "ok" } else { "not ok" };
+        println!(
+            "# {}\n{result} {number} - {}",
+            verdict.figures, verdict.what
+        );
+    }
+    ExitCode::from(u8::from(verdicts.iter().any(|verdict| !verdict.holds)))
+}
+
+fn system_verdicts(rows: &[System], problems: &[String]) -> Vec<Verdict> {
+    let find = |name| rows.iter().find(|row| row.setup == name);
+    let figures = rows
+        .iter()
+        .map(|row| {
+            format!(
+                "{}: {} requests, {} failed, {:.0} insns, {:.1} conflicts, {:.1} transfers each, \
+                 {:.3} on the busiest of {} CPUs",
+                row.setup,
+                row.requests,
+                row.failed,
+                row.insns_per_request,
+                row.conflict_lines_per_request,
+                row.transfers_per_request,
+                row.busiest_cpu_share,
+                row.cpus
+            )
+        })
+        .collect::<Vec<_>>()
+        .join("; ");
+    // What was not measured cannot hold.
+    let (usual, ours) = (find(Name::Usual), find(Name::CpuBoundSkLookup));
+    let holds = |what: String, holds: &dyn Fn(&System, &System) -> bool| Verdict {
+        what,
+        holds: usual
+            .zip(ours)
+            .is_some_and(|(usual, ours)| holds(usual, ours)),
+        figures: figures.clone(),
+    };
+    let mut all = vec![
+        holds(
+            format!("a request moves {LINES} times the lines in the usual set-up, and more"),
+            &|usual, ours| {
+                usual.transfers_per_request > LINES * ours.transfers_per_request
+                    && usual.conflict_lines_per_request > LINES * ours.conflict_lines_per_request
+            },
+        ),
+        holds("the work is on all CPUs alike".to_owned(), &|_, ours| {
+            ours.busiest_cpu_share * f64::from(ours.cpus) < UNEVEN
+        }),
+        holds(
+            "the usual set-up has one CPU that is busier than that".to_owned(),
+            &|usual, ours| usual.busiest_cpu_share > ours.busiest_cpu_share,
+        ),
+    ];
+    let [answered, failed] = [|row: &System| row.requests, |row: &System| row.failed]
+        .map(|of| rows.iter().map(of).sum::<u64>());
+    all.push(Verdict {
+        what: "all requests were answered".to_owned(),
+        holds: problems.is_empty() && rows.len() == 2 && answered > 0 && failed == 0,
+        figures: format!(
+            "{answered} answered, {failed} not; {} problems {}",
+            problems.len(),
+            problems.join("; ")
+        ),
+    });
+    all
 }
 
 fn verdicts(results: &Results) -> Vec<Verdict> {
@@ -193,6 +262,51 @@ mod tests {
         assert!(failures(|tx| tx.select_insns += if ours(tx) { 150.0 } else { 0.0 }) > 4);
         // A profiler that sees nothing.
         assert!(failures(|tx| tx.transfers_per_packet = 0.0) > 0);
+    }
+
+    fn system(name: Name) -> System {
+        let ours = name != Name::Usual;
+        System {
+            setup: name,
+            cpus: 4,
+            size: 128,
+            requests: 300,
+            failed: 0,
+            insns_per_request: 90_000.0,
+            conflict_lines_per_request: if ours { 30.0 } else { 400.0 },
+            transfers_per_request: if ours { 20.0 } else { 300.0 },
+            busiest_cpu_share: if ours { 0.26 } else { 0.5 },
+            modelled_scaling: 0.0,
+        }
+    }
+
+    #[test]
+    fn a_system_that_shares_is_seen() {
+        let failed = |change: &dyn Fn(&mut System), problems: &[String]| {
+            let mut rows = [Name::Usual, Name::CpuBoundSkLookup].map(system);
+            change(&mut rows[1]);
+            system_verdicts(&rows, problems)
+                .iter()
+                .filter(|verdict| !verdict.holds)
+                .count()
+        };
+        assert_eq!(failed(&|_| {}, &[]), 0);
+        assert_eq!(failed(&|row| row.transfers_per_request = 160.0, &[]), 1);
+        assert_eq!(
+            failed(&|row| row.conflict_lines_per_request = 250.0, &[]),
+            1
+        );
+        assert_eq!(failed(&|row| row.busiest_cpu_share = 0.32, &[]), 1);
+        assert_eq!(failed(&|row| row.busiest_cpu_share = 0.5, &[]), 2);
+        assert_eq!(failed(&|row| row.failed = 1, &[]), 1);
+        assert_eq!(failed(&|_| {}, &["a VM died".to_owned()]), 1);
+        // Not there at all.
+        assert_eq!(failed(&|row| row.setup = Name::CpuBoundNat, &[]), 3);
+        assert!(
+            system_verdicts(&[], &[])
+                .iter()
+                .all(|verdict| !verdict.holds)
+        );
     }
 
     #[test]

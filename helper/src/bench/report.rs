@@ -1,5 +1,7 @@
 //! `cpubond bench report`: figures and `docs/results.md`, from what was measured.
 
+mod system;
+
 use super::figures::{Bars, Lines};
 use super::load::Generator;
 use super::peer::Peer;
@@ -7,6 +9,7 @@ use super::results::{Results, Slaves, Tx};
 use super::tx::{Kind, Point};
 use crate::vm::image::Host;
 use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -30,12 +33,16 @@ pub struct Report {
     docs: Option<PathBuf>,
 }
 
+pub use system::table as system_table;
+
 /// What was measured, and point by point.
 pub struct Measured {
     /// Summed up.
     pub results: Results,
     /// Each.
     pub points: Vec<Point>,
+    /// Each of the whole system.
+    pub system: Vec<super::system::Point>,
 }
 
 /// A part of the report: text, and the figures that it shows.
@@ -73,11 +80,14 @@ impl Report {
             .unwrap_or_else(|| checkout.join("target/results"));
         let docs = self.docs.clone().unwrap_or_else(|| checkout.join("docs"));
         let measured = Measured::load(&from)?;
-        let section = transmit(&measured)?;
         let qemu = Host::prepare(None, true)?.qemu_version()?;
         let mut text = head(&measured, &qemu);
-        text.push_str(&section.text);
-        for (name, svg) in &section.figures {
+        let mut figures = Vec::new();
+        for section in [transmit(&measured)?, system::section(&measured)?] {
+            text.push_str(&section.text);
+            figures.extend(section.figures);
+        }
+        for (name, svg) in &figures {
             super::write_whole(&docs.join("figures").join(name), svg.as_bytes())?;
             super::write_whole(&from.join(name), svg.as_bytes())?;
         }
@@ -86,7 +96,7 @@ impl Report {
         eprintln!(
             "cpubond: {} and {} figures written",
             file.display(),
-            section.figures.len()
+            figures.len()
         );
         Ok(ExitCode::SUCCESS)
     }
@@ -94,11 +104,10 @@ impl Report {
 
 impl Measured {
     fn load(dir: &Path) -> Result<Self> {
-        let file = dir.join("bench.points.json");
-        let points = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
         Ok(Self {
             results: Results::load(&dir.join("bench.json"))?,
-            points: serde_json::from_str(&points).with_context(|| file.display().to_string())?,
+            points: points(&dir.join("bench.points.json"))?,
+            system: points(&dir.join("bench.system.points.json"))?,
         })
     }
 
@@ -129,6 +138,15 @@ impl Measured {
     }
 }
 
+/// None where nothing of the kind was measured.
+fn points<P: DeserializeOwned>(file: &Path) -> Result<Vec<P>> {
+    if !file.exists() {
+        return Ok(Vec::new());
+    }
+    let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| file.display().to_string())
+}
+
 fn head(measured: &Measured, qemu: &str) -> String {
     let packets: u64 = measured.points.iter().map(|point| point.packets).sum();
     let mut runs = String::new();
@@ -155,12 +173,13 @@ fn head(measured: &Measured, qemu: &str) -> String {
         );
     }
     format!(
-        "# What sending costs
+        "# What sending costs, and what serving does
 
 Written by `cpubond bench report` (cpubond {version}) from what `make bench`, or parts of it
-(`cpubond bench tx`), had measured: {points} measurements of {packets} packets in all. Kernel
-{kernel}, {qemu}.
-Of each kind of machine all peers were measured in turn, round by round:
+(`cpubond bench tx`, `cpubond bench system`), had measured: {points} measurements of {packets}
+packets in all, and {system} of {requests} requests of a server. Kernel {kernel},
+{qemu}.
+To send, all peers of each kind of machine were measured in turn, round by round:
 
 | CPUs | NICs | generator | peers | rounds | packets |
 |---|---|---|---|---|---|
@@ -185,6 +204,12 @@ be compared is how one way to send relates to another. All bonds ran on the patc
         version = env!("CARGO_PKG_VERSION"),
         kernel = measured.results.kernel,
         points = measured.points.len(),
+        system = measured.system.len(),
+        requests = measured
+            .system
+            .iter()
+            .map(|point| point.requests)
+            .sum::<u64>(),
     )
 }
 
@@ -192,6 +217,9 @@ be compared is how one way to send relates to another. All bonds ran on the patc
 fn transmit(measured: &Measured) -> Result<Section> {
     let results = &measured.results;
     let mut section = Section::default();
+    if results.tx.is_empty() && results.tx_few_queues.is_empty() {
+        return Ok(section);
+    }
     section.say("## The transmit path\n");
     let single = |peer, cpus| results.find(peer, Slaves::SingleQueue, Generator::Pktgen, cpus);
     let cpus: BTreeSet<u32> = results
@@ -233,6 +261,7 @@ fn transmit(measured: &Measured) -> Result<Section> {
                 .collect();
             let svg = Lines {
                 title: &title,
+                x: "CPUs that send, each pinned",
                 y,
                 series,
             }

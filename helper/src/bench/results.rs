@@ -2,9 +2,9 @@
 
 use super::load::Generator;
 use super::peer::Peer;
+use super::system::Name;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::fs;
 use std::path::Path;
 
@@ -24,9 +24,9 @@ pub struct Results {
     /// The same with more CPUs than queues a NIC: 8 CPUs, 4 NICs of 2 queues.
     #[serde(default)]
     pub tx_few_queues: Vec<Tx>,
-    /// The whole system, request by request; `bench system` has the type.
+    /// The whole system.
     #[serde(default)]
-    pub system: Vec<Value>,
+    pub system: Vec<System>,
 }
 
 /// The queues of the slaves.
@@ -76,6 +76,34 @@ pub struct Tx {
     pub transfers_min: f64,
     /// In the worst order of the worst round.
     pub transfers_max: f64,
+}
+
+/// The whole system in one set-up: figures a request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct System {
+    /// Which one.
+    pub setup: Name,
+    /// Of the server.
+    pub cpus: u32,
+    /// Bytes of the file.
+    pub size: u32,
+    /// That were answered, each over a connection of its own.
+    pub requests: u64,
+    /// That were not; then the other figures are worth nothing.
+    pub failed: u64,
+    /// Instructions of the requests' way through the kernel and of the server program; waiting
+    /// for locks, scheduler, timers and interrupts not among them.
+    pub insns_per_request: f64,
+    /// In the kernel: lines that another CPU wrote or touched in between; mean over the orders of
+    /// the replay.
+    pub conflict_lines_per_request: f64,
+    /// In the kernel: lines that moved between CPUs; mean over the orders of the replay.
+    pub transfers_per_request: f64,
+    /// Of the instructions.
+    pub busiest_cpu_share: f64,
+    /// Requests a time beside those of one CPU in the same set-up, as the model has it; 0 when
+    /// that was not measured.
+    pub modelled_scaling: f64,
 }
 
 impl Results {
@@ -158,6 +186,27 @@ mod tests {
         assert_eq!(tx["peer"], "802.3ad+cpu_bound");
         assert_eq!(tx["slaves"], "single-queue");
         assert_eq!(tx["generator"], "pktgen");
+        let system = serde_json::to_value(System {
+            setup: Name::CpuBoundSkLookup,
+            cpus: 8,
+            size: 128,
+            requests: 400,
+            failed: 0,
+            insns_per_request: 1.5,
+            conflict_lines_per_request: 0.5,
+            transfers_per_request: 0.25,
+            busiest_cpu_share: 0.125,
+            modelled_scaling: 8.0,
+        })
+        .expect("JSON");
+        assert_eq!(
+            system,
+            serde_json::json!({
+                "setup": "cpu_bound+sk_lookup", "cpus": 8, "size": 128, "requests": 400, "failed": 0,
+                "insns_per_request": 1.5, "conflict_lines_per_request": 0.5,
+                "transfers_per_request": 0.25, "busiest_cpu_share": 0.125, "modelled_scaling": 8.0
+            })
+        );
         let back: Results = serde_json::from_value(json).expect("is read again");
         assert_eq!(back, results);
     }

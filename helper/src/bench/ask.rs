@@ -1,0 +1,218 @@
+//! In the lab's peer: clients, each with an address of its own, that make a known number of
+//! requests, each over a new connection.
+//!
+//! `ab` binds to a port of the kernel's choice, which is random where the address is given.
+//! These go through the ports in order, as a client does that gives no address, so a switch
+//! that spreads by ports spreads them evenly, however few there are.
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::net::{AddressFamily, SocketType, sockopt};
+use serde::{Deserialize, Serialize};
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// For one answer, of a server that is emulated and counted.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// In the lab's peer: make requests.
+#[derive(clap::Args)]
+pub struct Ask {
+    /// The server
+    #[arg(long)]
+    to: SocketAddrV4,
+    /// Own addresses
+    #[arg(long, value_delimiter = ',', required = true)]
+    from: Vec<Ipv4Addr>,
+    /// Requests from each address
+    #[arg(long)]
+    requests: u16,
+    /// Of these, so many at once
+    #[arg(long, default_value_t = 2)]
+    at_once: u16,
+    /// Source port of the first from each address; the next has the next port but one
+    #[arg(long)]
+    first_port: u16,
+    /// Bytes that an answer has
+    #[arg(long)]
+    bytes: usize,
+}
+
+/// How they fared; what `ask` prints.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Answered in full.
+    pub complete: u64,
+    /// Not so.
+    pub failed: u64,
+    /// Why the first of these failed.
+    pub why: Option<String>,
+}
+
+impl Ask {
+    /// As arguments.
+    pub fn words(
+        to: SocketAddrV4,
+        from: &[Ipv4Addr],
+        requests: u16,
+        first_port: u16,
+        bytes: u32,
+    ) -> String {
+        let from: Vec<String> = from.iter().map(Ipv4Addr::to_string).collect();
+        format!(
+            "--to {to} --from {} --requests {requests} --first-port {first_port} --bytes {bytes}",
+            from.join(",")
+        )
+    }
+
+    /// 0 whatever the answers: judging is for who asked.
+    pub fn run(&self) -> Result<ExitCode> {
+        let last = u32::from(self.first_port) + 2 * u32::from(self.requests);
+        if last > u32::from(u16::MAX) {
+            bail!(
+                "{} requests from port {} on: there are no ports beyond 65535",
+                self.requests,
+                self.first_port
+            );
+        }
+        let asked = Mutex::new(Asked::default());
+        let clients: Vec<_> = self
+            .from
+            .iter()
+            .map(|&from| (from, AtomicU32::new(0)))
+            .collect();
+        thread::scope(|scope| {
+            for (from, next) in &clients {
+                for _ in 0..self.at_once {
+                    let asked = &asked;
+                    scope.spawn(move || self.client(*from, next, asked));
+                }
+            }
+        });
+        let asked = asked.into_inner().unwrap_or_else(PoisonError::into_inner);
+        println!("{}", serde_json::to_string(&asked)?);
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// One request after the other, until all of the address are made.
+    fn client(&self, from: Ipv4Addr, next: &AtomicU32, asked: &Mutex<Asked>) {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(number) = u16::try_from(number).ok().filter(|&n| n < self.requests) else {
+                return;
+            };
+            let from = SocketAddr::new(from.into(), self.first_port + 2 * number);
+            let outcome = self.request(from);
+            let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
+            match outcome {
+                Ok(()) => asked.complete += 1,
+                Err(error) => {
+                    asked.failed += 1;
+                    asked
+                        .why
+                        .get_or_insert_with(|| format!("{from}: {error:#}"));
+                }
+            }
+        }
+    }
+
+    fn request(&self, from: SocketAddr) -> Result<()> {
+        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        rustix::net::bind(&socket, &from).context("bind")?;
+        let mut stream = TcpStream::from(socket);
+        // Of connect(), too.
+        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        rustix::net::connect(&stream, &self.to)
+            .map_err(io::Error::from)
+            .context("connect")?;
+        stream.write_all(b"GET / HTTP/1.0\r\nHost: server\r\nAccept: */*\r\n\r\n")?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).context("answer")?;
+        check(&answer, self.bytes)
+    }
+}
+
+/// Whether an answer is all of what was asked for.
+fn check(answer: &[u8], bytes: usize) -> Result<()> {
+    let end = answer
+        .windows(4)
+        .position(|window| window == b"\r\n\r\n")
+        .ok_or_else(|| {
+            anyhow!(
+                "no answer, or its head is cut short: {} bytes",
+                answer.len()
+            )
+        })?;
+    let head = String::from_utf8_lossy(&answer[..end]);
+    let status = head.split_whitespace().nth(1).unwrap_or_default();
+    if status != "200" {
+        bail!("status {status}");
+    }
+    let found = answer.len() - end - 4;
+    if found != bytes {
+        bail!("{found} bytes, want {bytes}");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn an_answer_is_whole_or_it_failed() {
+        assert!(check(b"HTTP/1.0 200 OK\r\nA: b\r\n\r\nxxx", 3).is_ok());
+        for (answer, complaint) in [
+            (&b""[..], "no answer"),
+            (b"HTTP/1.0 200 OK\r\n", "cut short"),
+            (b"HTTP/1.0 404 Not Found\r\n\r\nxxx", "status 404"),
+            (b"HTTP/1.0 200 OK\r\n\r\nxx", "2 bytes, want 3"),
+        ] {
+            let error = check(answer, 3).expect_err(complaint).to_string();
+            assert!(error.contains(complaint), "{error}");
+        }
+    }
+
+    #[test]
+    fn each_request_has_a_connection_and_a_port_of_its_own() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
+        let to = listener.local_addr().expect("has an address");
+        let SocketAddr::V4(to) = to else {
+            panic!("{to}");
+        };
+        let server = thread::spawn(move || {
+            let mut ports = Vec::new();
+            for _ in 0..6 {
+                let (mut stream, from) = listener.accept().expect("a client");
+                let mut request = [0; 512];
+                let _ = stream.read(&mut request).expect("a request");
+                stream
+                    .write_all(b"HTTP/1.0 200 OK\r\n\r\nx")
+                    .expect("answers");
+                ports.push(from.port());
+            }
+            ports.sort_unstable();
+            ports
+        });
+        let ask = Ask {
+            to,
+            from: vec![Ipv4Addr::LOCALHOST],
+            requests: 6,
+            at_once: 2,
+            first_port: 23457,
+            bytes: 1,
+        };
+        ask.run().expect("asks");
+        assert_eq!(
+            server.join().expect("ends"),
+            [23457, 23459, 23461, 23463, 23465, 23467]
+        );
+    }
+}
