@@ -80,6 +80,7 @@ pub fn run(command: &BenchCommand) -> ExitCode {
 fn key(host: &Host) -> Result<String> {
     let mut files = host.modules()?;
     files.push(std::env::current_exe().context("cannot find this program's own file")?);
+    files.push(host.profiler()?);
     let files: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
     Ok(format!("{} {}", host.kernel, state::hash(&files)?))
 }
