@@ -97,10 +97,11 @@ start_multiqueue() {
 	local steer=$1 cpus=$2 queue irq dev
 	dev=$(basename "$(readlink "$SYS/eth0/device")")
 	for ((queue = 0; queue < cpus; queue++)); do
-		for irq in $(awk -v dev="$dev-" -v queue=".$queue" '
-				$NF == dev "input" queue || $NF == dev "output" queue { print +$1 }' /proc/interrupts); do
-			echo "$queue" >"/proc/irq/$irq/smp_affinity_list"
-		done
+		awk -v dev="$dev-" -v queue=".$queue" '
+				$NF == dev "input" queue || $NF == dev "output" queue { print +$1 }' /proc/interrupts |
+			while read -r irq; do
+				echo "$queue" >"/proc/irq/$irq/smp_affinity_list"
+			done
 		# A NIC of one queue has nothing to choose.
 		[ "$cpus" = 1 ] || printf '%x\n' "$((1 << queue))" >"$SYS/eth0/queues/tx-$queue/xps_cpus"
 	done
