@@ -133,10 +133,7 @@ fn figures(section: &mut Section, points: &[Point], cpus: &BTreeSet<u32>, most: 
             .collect()
     };
     let x = "CPUs of the server";
-    let title = format!(
-        "modelled scaling, each beside its own single CPU ({})",
-        parameters()
-    );
+    let title = format!("modelled scaling beside one CPU ({})", parameters());
     let svg = Lines {
         title: &title,
         x,
