@@ -174,7 +174,11 @@ under_load() {
 	refused=$(grep -ci 'refused' "$STEER/ab" || :)
 	note "$complete connections, $failed reset, $refused refused; $there of $served served on another CPU"
 	check_eq "refused connections" "$refused" 0
-	check_eq "connections" "$complete" $((${#CLIENTS[@]} * 150))
+	# A client whose connection a dead daemon had, and that hears nothing more of it, gives
+	# up after 20 s, and its report is missing: as many as that may be without one.
+	check_eq "connections without a report, of whole clients" $(((${#CLIENTS[@]} * 150 - complete) % 150)) 0
+	check_le "clients that heard nothing more" $((${#CLIENTS[@]} - complete / 150)) 2
+	check_ge "connections that were served" "$served" $((complete - RESET_AT_MOST))
 	check_le "connections reset with the daemon" "$failed" "$RESET_AT_MOST"
 }
 
