@@ -1,5 +1,6 @@
 //! A translated block of instructions, and what it means in the open region.
 
+use crate::calls::Step;
 use crate::class::Class;
 use crate::context::Place;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,6 +24,8 @@ pub struct Meaning {
     pub function: u32,
     /// The function's own class.
     pub class: Class,
+    /// It begins the function.
+    pub entry: bool,
     /// What it tells of where the CPU is.
     pub place: Place,
     /// A packet begins here.
@@ -65,12 +68,22 @@ impl Block {
 }
 
 impl Meaning {
+    /// For [`crate::calls`].
+    pub fn step(self) -> Step {
+        Step {
+            function: self.function,
+            entry: self.entry,
+            own: self.class,
+        }
+    }
+
     fn pack(self, number: u16) -> u64 {
         u64::from(number)
             | (self.class as u64) << 16
             | (self.place as u64) << 20
             | u64::from(self.mark) << 28
             | u64::from(self.range) << 29
+            | u64::from(self.entry) << 30
             | u64::from(self.function) << 32
     }
 
@@ -82,6 +95,7 @@ impl Meaning {
             place: Place::ALL[(word >> 20 & 0xff) as usize],
             mark: word >> 28 & 1 != 0,
             range: word >> 29 & 1 != 0,
+            entry: word >> 30 & 1 != 0,
         }
     }
 }
@@ -96,12 +110,14 @@ mod tests {
         let meaning = Meaning {
             function: 0x0012_3456,
             class: Class::User,
+            entry: true,
             place: Place::PathEntry,
             mark: true,
             range: false,
         };
         let other = Meaning {
             function: 7,
+            entry: false,
             mark: false,
             range: true,
             ..meaning

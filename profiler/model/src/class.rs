@@ -66,7 +66,7 @@ const SPIN: &[&str] = &[
 ];
 
 /// Beginnings of names. The read side of RCU and what a path calls to wait or to be woken
-/// by are not here.
+/// by are not here. What these call, whatever its name, is theirs: see [`crate::calls`].
 const SCHED: &[&str] = &[
     "schedule",
     "__schedule",
@@ -78,10 +78,19 @@ const SCHED: &[&str] = &[
     "sched_core",
     "newidle_balance",
     "nohz_",
-    "enqueue_",
-    "dequeue_",
-    "__enqueue_entity",
-    "__dequeue_entity",
+    "enqueue_task",
+    "enqueue_entity",
+    "enqueue_rt_",
+    "enqueue_dl_",
+    "enqueue_pushable",
+    "enqueue_hrtimer",
+    "__enqueue_",
+    "dequeue_task",
+    "dequeue_entit",
+    "dequeue_rt_",
+    "dequeue_dl_",
+    "dequeue_pushable",
+    "__dequeue_",
     "__pick_",
     "pick_next_",
     "pick_task",
@@ -267,6 +276,8 @@ mod tests {
             ("schedule_work", Some("anything"), Class::Path),
             ("__rcu_read_lock", None, Class::Path),
             ("tick_nohz_handler", None, Class::Sched),
+            ("__dequeue_task", None, Class::Sched),
+            ("enqueue_to_backlog", None, Class::Path),
             ("pktgen_xmit", Some("pktgen"), Class::Generator),
             ("bond_start_xmit", Some("bonding"), Class::Path),
         ] {

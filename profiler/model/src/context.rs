@@ -1,6 +1,7 @@
 //! What a CPU is at: which task, in which interrupt, in which softirq. From the blocks it
 //! runs, one after the other; no registers, no stack.
 
+use crate::calls::{Calls, Step};
 use crate::class::Class;
 
 /// What a block of instructions means for where its CPU is.
@@ -55,14 +56,20 @@ enum Softirq {
     Other,
 }
 
+/// What runs in a task itself, or in one of its interrupts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Level {
+    softirq: Softirq,
+    scheduler: Calls,
+}
+
 /// Where a task is. Goes with the task when it is switched out: an interrupt may end in a
 /// switch to another task, and return when the first one runs again, on another CPU even.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Task {
-    /// Softirq work in the task itself.
-    base: Softirq,
-    /// Softirq work in each interrupt, the innermost last.
-    interrupts: Vec<Softirq>,
+    base: Level,
+    /// The innermost last.
+    interrupts: Vec<Level>,
     /// The return runs in this block; the interrupt is over in the next.
     returning: bool,
     housekeeping: bool,
@@ -70,9 +77,9 @@ pub struct Task {
 }
 
 impl Task {
-    /// The task runs a block, in a function that by itself is of some class. Returns what
-    /// the block is part of.
-    pub fn enter(&mut self, place: Place, own: Class) -> Class {
+    /// The task runs a block. Returns what the block is part of.
+    pub fn enter(&mut self, place: Place, step: Step) -> Class {
+        let own = step.own;
         if std::mem::take(&mut self.returning) {
             // More returns than entries: the entry was before the region.
             self.interrupts.pop();
@@ -81,21 +88,28 @@ impl Task {
             Place::Plain => {}
             Place::User => {
                 self.interrupts.clear();
-                self.base = Softirq::None;
+                self.base.softirq = Softirq::None;
+                self.base.scheduler.clear();
                 // The kernel's own threads never are here; one that was taken for such is none.
                 self.housekeeping = false;
                 return Class::User;
             }
-            Place::Interrupt => self.interrupts.push(Softirq::None),
+            Place::Interrupt => self.interrupts.push(Level::default()),
             Place::Return => self.returning = true,
-            Place::NetSoftirq => *self.softirq() = Softirq::Net,
-            Place::OtherSoftirq => *self.softirq() = Softirq::Other,
-            Place::Dispatcher => *self.softirq() = Softirq::None,
+            Place::NetSoftirq => self.level().softirq = Softirq::Net,
+            Place::OtherSoftirq => self.level().softirq = Softirq::Other,
+            Place::Dispatcher => self.level().softirq = Softirq::None,
             Place::Housekeeping => self.housekeeping |= self.interrupts.is_empty(),
             Place::Generator => self.generating |= self.interrupts.is_empty(),
             Place::PathEntry => self.generating &= !self.interrupts.is_empty(),
         }
-        match (self.interrupts.is_empty(), *self.softirq()) {
+        let level = self.level();
+        let (softirq, scheduler) = (level.softirq, level.scheduler.step(step));
+        let own = match own {
+            Class::Path if scheduler => Class::Sched,
+            own => own,
+        };
+        match (self.interrupts.is_empty(), softirq) {
             (_, Softirq::Net) => own,
             (false, _) | (true, Softirq::Other) => Class::Irq,
             (true, Softirq::None) if own != Class::Path => own,
@@ -110,7 +124,7 @@ impl Task {
         self.interrupts.len()
     }
 
-    fn softirq(&mut self) -> &mut Softirq {
+    fn level(&mut self) -> &mut Level {
         self.interrupts.last_mut().unwrap_or(&mut self.base)
     }
 }
@@ -119,10 +133,19 @@ impl Task {
 mod tests {
     use super::*;
 
+    /// Each block begins a function of its own.
+    fn step(function: u32, own: Class) -> Step {
+        Step {
+            function,
+            entry: true,
+            own,
+        }
+    }
+
     fn run(task: &mut Task, places: &[Place]) -> Vec<Class> {
-        places
-            .iter()
-            .map(|&place| task.enter(place, Class::Path))
+        (0..)
+            .zip(places)
+            .map(|(function, &place)| task.enter(place, step(function, Class::Path)))
             .collect()
     }
 
@@ -232,8 +255,8 @@ mod tests {
     #[test]
     fn waiting_for_a_lock_is_apart_for_the_generator_too() {
         let mut task = Task::default();
-        task.enter(Place::Generator, Class::Path);
-        assert_eq!(task.enter(Place::Plain, Class::Spin), Class::Spin);
+        task.enter(Place::Generator, step(1, Class::Path));
+        assert_eq!(task.enter(Place::Plain, step(2, Class::Spin)), Class::Spin);
     }
 
     #[test]
@@ -257,6 +280,39 @@ mod tests {
                 Class::Path,
                 Class::Sched
             ]
+        );
+    }
+
+    #[test]
+    fn the_scheduler_is_apart_with_all_it_calls_and_an_interrupt_does_not_end_it() {
+        use Class::{Irq, Path, Sched};
+        let mut task = Task::default();
+        let (path, wake, lock) = (1, 2, 3);
+        let ran = [
+            (Place::NetSoftirq, path, true, Path),
+            (Place::Plain, wake, true, Sched),
+            (Place::Plain, lock, true, Path),
+            (Place::Interrupt, 4, true, Path),
+            (Place::Plain, path, true, Path),
+            (Place::Return, 5, true, Path),
+            (Place::Plain, lock, false, Path),
+            (Place::Plain, wake, false, Sched),
+            (Place::Plain, path, false, Path),
+            (Place::Plain, lock, true, Path),
+        ]
+        .map(|(place, function, entry, own)| {
+            task.enter(
+                place,
+                Step {
+                    function,
+                    entry,
+                    own,
+                },
+            )
+        });
+        assert_eq!(
+            ran,
+            [Path, Sched, Sched, Irq, Irq, Irq, Sched, Sched, Path, Path]
         );
     }
 

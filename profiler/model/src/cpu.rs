@@ -114,7 +114,7 @@ impl Cpu {
     /// A block begins.
     pub fn run(&mut self, meaning: Meaning, insns: u64, points: &[Point]) {
         let depth = self.task.depth();
-        let class = self.task.enter(meaning.place, meaning.class);
+        let class = self.task.enter(meaning.place, meaning.step());
         self.interrupts += u64::from(self.task.depth() > depth);
         // What an interrupt sends is no packet of the load's.
         if class != Class::Irq {

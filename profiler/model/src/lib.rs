@@ -3,6 +3,7 @@
 //! the files that plugin and helper exchange.
 
 pub mod block;
+pub mod calls;
 pub mod class;
 pub mod context;
 pub mod counts;

@@ -112,6 +112,7 @@ impl Session {
             return Meaning {
                 function: USER,
                 class: Class::User,
+                entry: false,
                 place: Place::User,
                 mark: false,
                 range: false,
@@ -121,18 +122,21 @@ impl Session {
             return Meaning {
                 function: self.number_of(0, "unknown", None),
                 class: Class::Path,
+                entry: false,
                 place: Place::Plain,
                 mark: false,
                 range: false,
             };
         };
-        let mut place = place_of(symbol, symbol.address == block.pc, block.iret);
+        let entry = symbol.address == block.pc;
+        let mut place = place_of(symbol, entry, block.iret);
         if place == Place::Plain && self.path_entries.contains(&block.pc) {
             place = Place::PathEntry;
         }
         Meaning {
             function: self.number_of(symbol.address, &symbol.name, symbol.module.as_deref()),
             class: class_of(symbol),
+            entry,
             place,
             mark: self.marks.contains(&block.pc),
             range: self.points.contains_key(&block.pc),
