@@ -35,6 +35,8 @@ pub use profiler_model::region::{Region, Window};
 const MARK: Duration = Duration::from_secs(120);
 /// For the kernel's symbols, a few MB.
 const SYMBOLS: Duration = Duration::from_secs(60);
+/// Functions of a point that are kept, by each figure.
+const FUNCTIONS: usize = 40;
 /// The status before the plugin has seen a marker.
 const UNSEEN: &str = "QEMU has seen no marker; is it the plugin's?";
 
@@ -57,6 +59,19 @@ pub struct Profile {
     pub median_insns: Option<u32>,
     /// The figure that does not depend on the host's scheduling.
     pub replay: Replay,
+}
+
+/// Figures of a function, a packet or request.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Function {
+    /// As in kallsyms.
+    pub name: String,
+    /// Instructions.
+    pub insns: f64,
+    /// Conflict lines, as run.
+    pub conflicts: f64,
+    /// Transfers, as run.
+    pub transfers: f64,
 }
 
 /// Three figures a packet.
@@ -123,6 +138,37 @@ impl Profile {
         self.ranges
             .iter()
             .find(|range| range.from == from && range.to == to)
+    }
+
+    /// Functions of the way of `times` packets or requests, those that matter: the first
+    /// [`FUNCTIONS`] by transfers, as many by conflicts and by instructions, and those that are
+    /// `wanted`. Those with most transfers come first.
+    pub fn path_functions(&self, times: u64, wanted: impl Fn(&str) -> bool) -> Vec<Function> {
+        let each = |n: u64| n as f64 / times.max(1) as f64;
+        let mut all: Vec<Function> = self
+            .rows(Class::Path)
+            .map(|row| {
+                let total = row.total();
+                Function {
+                    name: row.name.clone(),
+                    insns: each(total.insns),
+                    conflicts: each(total.conflicts),
+                    transfers: each(total.transfers),
+                }
+            })
+            .collect();
+        let mut kept = Vec::new();
+        for of in [
+            |function: &Function| function.transfers,
+            |function: &Function| function.conflicts,
+            |function: &Function| function.insns,
+        ] {
+            all.sort_by(|a, b| of(b).total_cmp(&of(a)));
+            kept.extend(all.drain(..all.len().min(FUNCTIONS)));
+        }
+        kept.extend(all.into_iter().filter(|function| wanted(&function.name)));
+        kept.sort_by(|a, b| b.transfers.total_cmp(&a.transfers));
+        kept
     }
 
     /// Share of the busiest CPU in the instructions of some classes, 1 / CPUs to 1.
@@ -343,6 +389,37 @@ pub mod tests {
         assert_eq!(profile.range("a", "b"), None);
         let share = profile.busiest_share(&[Class::Path]);
         assert!((share - 340.0 / 480.0).abs() < 1e-9, "{share}");
+    }
+
+    #[test]
+    fn functions_that_move_lines_are_kept_however_short() {
+        let mut profile = profile("x", 1);
+        let mut count = |name: &str, insns, transfers| {
+            profile.functions.push(FunctionCount {
+                cpus: vec![Count {
+                    insns,
+                    conflicts: transfers,
+                    transfers,
+                }],
+                ..row(name, Class::Path, &[])
+            });
+        };
+        for number in 0..3 * FUNCTIONS as u64 {
+            count(&format!("long{number}"), 1_000_000 + number, 0);
+        }
+        count("short", 4, 400);
+        count("asked_for", 0, 0);
+        count("not_asked_for", 0, 0);
+        let functions = profile.path_functions(4, |name| name == "asked_for");
+        let short = Function {
+            name: "short".to_owned(),
+            insns: 1.0,
+            conflicts: 100.0,
+            transfers: 100.0,
+        };
+        assert_eq!(functions.first(), Some(&short));
+        let there = |name: &str| functions.iter().any(|function| function.name == name);
+        assert!(there("asked_for") && there("long119") && !there("not_asked_for"));
     }
 
     #[test]

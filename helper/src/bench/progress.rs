@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 /// Of a run whose parts are not equally long: each has a weight.
 pub struct Progress {
+    name: &'static str,
     start: Instant,
     parts: usize,
     parts_done: usize,
@@ -11,9 +12,11 @@ pub struct Progress {
     done: f64,
 }
 
-impl Default for Progress {
-    fn default() -> Self {
+impl Progress {
+    /// Of what, in a word: two may run side by side.
+    pub fn new(name: &'static str) -> Self {
         Self {
+            name,
             start: Instant::now(),
             parts: 0,
             parts_done: 0,
@@ -21,9 +24,7 @@ impl Default for Progress {
             done: 0.0,
         }
     }
-}
 
-impl Progress {
     /// One more part to do.
     pub fn plan(&mut self, weight: f64) {
         self.parts += 1;
@@ -42,7 +43,10 @@ impl Progress {
             Some(left) => format!(", {} left", minutes(left)),
             None => String::new(),
         };
-        eprintln!("cpubond: [{}/{}{left}] {what}", self.parts_done, self.parts);
+        eprintln!(
+            "cpubond: {} [{}/{}{left}] {what}",
+            self.name, self.parts_done, self.parts
+        );
     }
 
     fn left(&self) -> Option<Duration> {
@@ -66,7 +70,7 @@ mod tests {
     fn the_rest_takes_as_long_as_its_weight() {
         let mut progress = Progress {
             start: Instant::now() - Duration::from_secs(10),
-            ..Progress::default()
+            ..Progress::new("test")
         };
         progress.plan(1.0);
         progress.plan(3.0);

@@ -41,8 +41,10 @@ pub struct Measured {
     pub results: Results,
     /// Each.
     pub points: Vec<Point>,
-    /// Each of the whole system.
+    /// Of the whole system, the rounds of each case as one.
     pub system: Vec<super::system::Point>,
+    /// And each.
+    pub system_rounds: Vec<super::system::Point>,
 }
 
 /// A part of the report: text, and the figures that it shows.
@@ -104,10 +106,12 @@ impl Report {
 
 impl Measured {
     fn load(dir: &Path) -> Result<Self> {
+        let system_rounds: Vec<_> = points(&dir.join("bench.system.points.json"))?;
         Ok(Self {
             results: Results::load(&dir.join("bench.json"))?,
             points: points(&dir.join("bench.points.json"))?,
-            system: points(&dir.join("bench.system.points.json"))?,
+            system: super::system::merge(&system_rounds),
+            system_rounds,
         })
     }
 
@@ -204,7 +208,7 @@ be compared is how one way to send relates to another. All bonds ran on the patc
         version = env!("CARGO_PKG_VERSION"),
         kernel = measured.results.kernel,
         points = measured.points.len(),
-        system = measured.system.len(),
+        system = measured.system_rounds.len(),
         requests = measured
             .system
             .iter()

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 /// Changes with the meaning of any key.
 pub const SCHEMA: u32 = 1;
@@ -122,8 +123,21 @@ impl Results {
         Ok(results)
     }
 
+    /// Change a part of a file, if it is there and can be read; the parts may be measured side by
+    /// side. Returns what is in it now.
+    pub fn update(path: &Path, kernel: &str, change: impl FnOnce(&mut Self)) -> Result<Self> {
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut results = Self::load(path).unwrap_or_default();
+        results.schema = SCHEMA;
+        kernel.clone_into(&mut results.kernel);
+        change(&mut results);
+        results.save(path)?;
+        Ok(results)
+    }
+
     /// To a file, whole or not at all.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    fn save(&self, path: &Path) -> Result<()> {
         let mut json = serde_json::to_string_pretty(self)?;
         json.push('\n');
         super::write_whole(path, json.as_bytes())
@@ -140,6 +154,33 @@ impl Results {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_is_changed_and_the_rest_stays() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("bench.json");
+        let made = Results::update(&path, "1", |results| results.system = vec![system()]);
+        assert_eq!(made.expect("is made").schema, SCHEMA);
+        let both =
+            Results::update(&path, "2", |results| results.tx = Vec::new()).expect("is there");
+        assert_eq!((both.kernel.as_str(), both.system.len()), ("2", 1));
+        assert_eq!(Results::load(&path).expect("is written"), both);
+    }
+
+    fn system() -> System {
+        System {
+            setup: Name::CpuBoundSkLookup,
+            cpus: 8,
+            size: 128,
+            requests: 400,
+            failed: 0,
+            insns_per_request: 1.5,
+            conflict_lines_per_request: 0.5,
+            transfers_per_request: 0.25,
+            busiest_cpu_share: 0.125,
+            modelled_scaling: 8.0,
+        }
+    }
 
     #[test]
     fn the_schema_is_as_promised() {
@@ -186,19 +227,7 @@ mod tests {
         assert_eq!(tx["peer"], "802.3ad+cpu_bound");
         assert_eq!(tx["slaves"], "single-queue");
         assert_eq!(tx["generator"], "pktgen");
-        let system = serde_json::to_value(System {
-            setup: Name::CpuBoundSkLookup,
-            cpus: 8,
-            size: 128,
-            requests: 400,
-            failed: 0,
-            insns_per_request: 1.5,
-            conflict_lines_per_request: 0.5,
-            transfers_per_request: 0.25,
-            busiest_cpu_share: 0.125,
-            modelled_scaling: 8.0,
-        })
-        .expect("JSON");
+        let system = serde_json::to_value(system()).expect("JSON");
         assert_eq!(
             system,
             serde_json::json!({

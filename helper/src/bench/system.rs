@@ -6,9 +6,9 @@
 
 use super::ask::{Ask, Asked};
 use super::model::{Model, Work};
-use super::profile::{Class, Profile, Profiler, Region};
+use super::profile::{Class, Function, Profile, Profiler, Region};
 use super::progress::Progress;
-use super::results::{Results, SCHEMA, System};
+use super::results::{Results, System};
 use super::state::State;
 use super::{gate, report};
 use crate::steer::Method;
@@ -45,9 +45,6 @@ const STEPS: [&str; 5] = [
     "tcp_sendmsg",
     "tcp_close",
 ];
-/// Functions of a point that are kept beside [`TABLE`]'s, those with most transfers and most
-/// instructions.
-const FUNCTIONS: usize = 40;
 
 /// The functions of the paper's Table 4, with its cache misses in the usual set-up and in the
 /// proposed one, and by what names they go today.
@@ -125,6 +122,9 @@ pub struct Args {
     /// Bytes of the file
     #[arg(long, value_delimiter = ',', value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub size: Vec<u32>,
+    /// How often each point is measured (default: 3 times, longer files than 128 bytes once)
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: Option<u32>,
     /// Requests of each point; made a multiple of 8
     #[arg(long, value_parser = clap::value_parser!(u32).range(8..=50_000))]
     pub requests: Option<u32>,
@@ -177,14 +177,6 @@ impl Name {
         Self::CpuBoundSkLookup,
         Self::CpuBoundReuseport,
     ];
-    /// For the figure of sizes.
-    const SOME: [Self; 4] = [
-        Self::Usual,
-        Self::Multiqueue,
-        Self::CpuBoundSkLookup,
-        Self::CpuBoundReuseport,
-    ];
-
     /// What is started.
     pub fn setup(self) -> Setup {
         match self {
@@ -243,12 +235,14 @@ impl fmt::Display for Case {
     }
 }
 
-/// One measurement.
+/// One measurement, or all rounds of one case.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Point {
     /// Of what.
     #[serde(flatten)]
     pub case: Case,
+    /// From 0.
+    pub round: u32,
     /// Answered.
     pub requests: u64,
     /// Not answered.
@@ -270,7 +264,7 @@ pub struct Point {
     /// By class, a request.
     pub insns: BTreeMap<Class, f64>,
     /// Functions of the requests' way, those that matter, a request.
-    pub functions: Vec<super::tx::Function>,
+    pub functions: Vec<Function>,
 }
 
 /// What one CPU did for all requests.
@@ -312,6 +306,54 @@ impl Point {
             .collect()
     }
 
+    /// Two rounds as one.
+    fn and(self, other: &Self) -> Self {
+        let all = self.requests + other.requests;
+        let share = other.requests as f64 / all.max(1) as f64;
+        let mean = |a: f64, b: f64| a + (b - a) * share;
+        let [a, b] = [self.transfers, other.transfers];
+        let mut functions: BTreeMap<String, Function> = BTreeMap::new();
+        for (from, share) in [(&self.functions, 1.0 - share), (&other.functions, share)] {
+            for function in from {
+                let sum = functions.entry(function.name.clone()).or_default();
+                sum.insns += share * function.insns;
+                sum.conflicts += share * function.conflicts;
+                sum.transfers += share * function.transfers;
+            }
+        }
+        Self {
+            requests: all,
+            retransmitted: self.retransmitted + other.retransmitted,
+            packets: self.packets + other.packets,
+            by_cpu: self
+                .by_cpu
+                .iter()
+                .zip(&other.by_cpu)
+                .map(|(a, b)| Cpu {
+                    path: a.path + b.path,
+                    user: a.user + b.user,
+                    transfers: a.transfers + b.transfers,
+                })
+                .collect(),
+            conflicts: mean(self.conflicts, other.conflicts),
+            transfers: [mean(a[0], b[0]), a[1].min(b[1]), a[2].max(b[2])],
+            transfers_as_run: mean(self.transfers_as_run, other.transfers_as_run),
+            user_transfers: mean(self.user_transfers, other.user_transfers),
+            insns: Class::ALL
+                .into_iter()
+                .map(|class| {
+                    let of = |point: &Self| point.insns.get(&class).copied().unwrap_or_default();
+                    (class, mean(of(&self), of(other)))
+                })
+                .collect(),
+            functions: functions
+                .into_iter()
+                .map(|(name, sum)| Function { name, ..sum })
+                .collect(),
+            ..self
+        }
+    }
+
     /// A function, by all its names.
     pub fn function(&self, names: &[&str]) -> [f64; 3] {
         let mut sum = [0.0; 3];
@@ -331,27 +373,53 @@ fn base_name(name: &str) -> &str {
     name.split_once('.').map_or(name, |(base, _)| base)
 }
 
-/// The one of a case that counts: the last, without failures if there is one.
+/// The rounds of each case as one, in the order of the tables. A round in which a request failed
+/// counts only where there is no other.
+pub fn merge(points: &[Point]) -> Vec<Point> {
+    let mut cases: Vec<Case> = points.iter().map(|point| point.case).collect();
+    cases.sort_unstable_by_key(|case| (case.size, case.name, case.cpus));
+    cases.dedup();
+    cases
+        .into_iter()
+        .filter_map(|case| {
+            let of_case = || points.iter().filter(|point| point.case == case);
+            let whole: Vec<&Point> = of_case().filter(|point| point.failed == 0).collect();
+            match whole.split_first() {
+                Some((first, rest)) => Some(
+                    rest.iter()
+                        .fold((*first).clone(), |sum, point| sum.and(point)),
+                ),
+                None => of_case().next_back().cloned(),
+            }
+        })
+        .collect()
+}
+
+/// A case among merged points.
 pub fn find(points: &[Point], case: Case) -> Option<&Point> {
-    let all = || points.iter().rev().filter(|point| point.case == case);
-    all()
-        .find(|point| point.failed == 0)
-        .or_else(|| all().next())
+    points.iter().find(|point| point.case == case)
 }
 
 /// Cycles a request of the busiest CPU at a point beside those of one CPU in the same set-up:
 /// how many times its requests.
 pub fn scaling(points: &[Point], case: Case, model: Model) -> Option<f64> {
-    let cycles = |case| {
-        let point = find(points, case)?;
-        model.busiest(&point.work(), point.requests)
+    scaling_of(points, find(points, case)?, model)
+}
+
+/// The same of one round, beside all rounds of one CPU.
+pub fn scaling_of(points: &[Point], point: &Point, model: Model) -> Option<f64> {
+    let cycles = |point: &Point| model.busiest(&point.work(), point.requests);
+    let one = Case {
+        cpus: 1,
+        ..point.case
     };
-    Some(cycles(Case { cpus: 1, ..case })? / cycles(case)?)
+    Some(cycles(find(points, one)?)? / cycles(point)?)
 }
 
 /// Where and what to measure, and how much of it.
 struct Plan {
     cases: Vec<Case>,
+    rounds: Option<u32>,
     requests: Option<u32>,
     quick: bool,
 }
@@ -385,16 +453,34 @@ impl Plan {
                     [] => SIZES_AT.to_vec(),
                     _ => cpus,
                 };
-                add(&Name::SOME, &cpus, &SIZES);
+                add(&Name::ALL, &cpus, &SIZES);
             } else {
                 add(&Name::ALL, &cpus, &args.size);
             }
         }
         Self {
             cases,
+            rounds: args.rounds,
             requests: args.requests,
             quick: args.quick,
         }
+    }
+
+    /// How often.
+    fn rounds(&self, case: Case) -> u32 {
+        self.rounds.unwrap_or(match case.size {
+            SIZE if !self.quick => 3,
+            _ => 1,
+        })
+    }
+
+    /// Every case, round by round.
+    fn work(&self) -> Vec<(u32, Case)> {
+        let most = self.cases.iter().map(|&case| self.rounds(case)).max();
+        (0..most.unwrap_or(0))
+            .flat_map(|round| self.cases.iter().map(move |&case| (round, case)))
+            .filter(|&(round, case)| round < self.rounds(case))
+            .collect()
     }
 
     /// Of each client.
@@ -434,11 +520,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let problems = measure(&host, &plan, &mut state)?;
 
-    let mut results = Results::load(&at(&format!("{name}.json"))).unwrap_or_default();
-    results.schema = SCHEMA;
-    results.kernel.clone_from(&host.kernel);
-    results.system = sum_up(state.points());
-    results.save(&at(&format!("{name}.json")))?;
+    let results = Results::update(&at(&format!("{name}.json")), &host.kernel, |results| {
+        results.system = sum_up(state.points());
+    })?;
     super::write_whole(
         &at(&format!("{name}.system.points.json")),
         serde_json::to_string(state.points())?.as_bytes(),
@@ -456,29 +540,30 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// Measure what is not there yet; what could not be measured.
 fn measure(host: &Host, plan: &Plan, state: &mut State<Point>) -> Result<Vec<String>> {
-    let mut labs: BTreeMap<Topology, Vec<Case>> = BTreeMap::new();
-    let mut progress = Progress::default();
-    for &case in &plan.cases {
-        if find(state.points(), case).is_none_or(|point| point.failed > 0) {
+    let mut labs: BTreeMap<Topology, Vec<(u32, Case)>> = BTreeMap::new();
+    let mut progress = Progress::new("system");
+    for (round, case) in plan.work() {
+        let there = |point: &Point| (point.round, point.case, point.failed) == (round, case, 0);
+        if !state.points().iter().any(there) {
             progress.plan(plan.weight(case));
-            labs.entry(case.topology()).or_default().push(case);
+            labs.entry(case.topology()).or_default().push((round, case));
         }
     }
     let mut problems = Vec::new();
     for (topology, mut todo) in labs {
         let mut failures = 0;
-        while let Some(&case) = todo.first() {
+        while let Some(&(_, case)) = todo.first() {
             progress.say(&format!("boot for {case}"));
             let left = todo.len();
             let outcome = measure_in(host, plan, &topology, &mut todo, state, &mut progress);
             if todo.len() < left {
                 failures = 0;
             }
-            let (Err(error), Some(&case)) = (outcome, todo.first()) else {
+            let (Err(error), Some(&(round, case))) = (outcome, todo.first()) else {
                 continue;
             };
             failures += 1;
-            let line = format!("{case}: {error:#}");
+            let line = format!("{case}, round {}: {error:#}", round + 1);
             progress.say(&line);
             // A machine that died is booted again; what fails twice is left out.
             if failures >= 2 {
@@ -500,7 +585,7 @@ fn measure_in(
     host: &Host,
     plan: &Plan,
     topology: &Topology,
-    todo: &mut Vec<Case>,
+    todo: &mut Vec<(u32, Case)>,
     state: &mut State<Point>,
     progress: &mut Progress,
 ) -> Result<()> {
@@ -522,13 +607,17 @@ fn measure_in(
         next_port: 10_001,
     };
     let mut profiler = Profiler::of(&lab)?;
-    while let Some(&case) = todo.first() {
-        let point = one(&lab, &mut profiler, &mut clients, case, plan.requests(case))?;
+    while let Some(&(round, case)) = todo.first() {
+        let point = Point {
+            round,
+            ..one(&lab, &mut profiler, &mut clients, case, plan.requests(case))?
+        };
         progress.done(plan.weight(case));
         let insns = point.insns();
         progress.say(&format!(
-            "{case}: {} requests, {:.0} insns ({:.0} in the kernel), {:.1} conflicts, {:.1} transfers \
+            "{case}, round {}: {} requests, {:.0} insns ({:.0} in the kernel), {:.1} conflicts, {:.1} transfers \
              each, {:.1} % on the busiest CPU",
+            round + 1,
             point.requests,
             insns[1],
             insns[0],
@@ -686,36 +775,15 @@ fn point(case: Case, asked: &Asked, segments: &Segments, profile: &Profile) -> R
             }
         })
         .collect();
-    let mut functions: Vec<super::tx::Function> = profile
-        .functions
-        .iter()
-        .filter(|row| row.class == Class::Path)
-        .map(|row| {
-            let total = row.total();
-            super::tx::Function {
-                name: row.name.clone(),
-                insns: each(total.insns),
-                conflicts: each(total.conflicts),
-                transfers: each(total.transfers),
-            }
-        })
-        .collect();
     let of_table = |name: &str| {
         TABLE
             .iter()
             .any(|(_, _, names)| names.contains(&base_name(name)))
     };
-    functions.sort_by(|a, b| {
-        let weight = |f: &super::tx::Function| (of_table(&f.name), f.transfers * 100.0 + f.insns);
-        weight(b)
-            .partial_cmp(&weight(a))
-            .unwrap_or(std::cmp::Ordering::Equal)
-    });
-    let table = functions.iter().take_while(|f| of_table(&f.name)).count();
-    functions.truncate(table + FUNCTIONS);
     let replay = &profile.replay;
     Ok(Point {
         case,
+        round: 0,
         requests,
         failed: asked.failed,
         retransmitted: segments.retransmitted,
@@ -734,20 +802,18 @@ fn point(case: Case, asked: &Asked, segments: &Segments, profile: &Profile) -> R
             .into_iter()
             .map(|class| (class, each(profile.total(class).insns)))
             .collect(),
-        functions,
+        functions: profile.path_functions(requests, of_table),
     })
 }
 
 /// The points as in `bench.json`.
 pub fn sum_up(points: &[Point]) -> Vec<System> {
-    let mut cases: Vec<Case> = points.iter().map(|point| point.case).collect();
-    cases.sort_unstable_by_key(|case| (case.size, case.name, case.cpus));
-    cases.dedup();
-    cases
-        .into_iter()
-        .filter_map(|case| {
-            let point = find(points, case)?;
-            Some(System {
+    let points = merge(points);
+    points
+        .iter()
+        .map(|point| {
+            let case = point.case;
+            System {
                 setup: case.name,
                 cpus: case.cpus,
                 size: case.size,
@@ -757,8 +823,8 @@ pub fn sum_up(points: &[Point]) -> Vec<System> {
                 conflict_lines_per_request: point.conflicts,
                 transfers_per_request: point.transfers[0],
                 busiest_cpu_share: point.busiest_share(),
-                modelled_scaling: scaling(points, case, Model::default()).unwrap_or(0.0),
-            })
+                modelled_scaling: scaling(&points, case, Model::default()).unwrap_or(0.0),
+            }
         })
         .collect()
 }
@@ -774,6 +840,7 @@ mod tests {
                 size: SIZE,
                 name: Name::CpuBoundNat,
             },
+            round: 0,
             requests: 100,
             failed,
             retransmitted: 0,
@@ -828,6 +895,57 @@ mod tests {
         assert_eq!(rows[0].failed, 3);
         let rows = sum_up(&[point(1, 3), point(1, 0)]);
         assert_eq!((rows.len(), rows[0].failed), (1, 0));
+        assert_eq!(rows[0].requests, 100);
+    }
+
+    #[test]
+    fn rounds_are_one_point_by_their_requests() {
+        let function = |name: &str, insns| Function {
+            name: name.to_owned(),
+            insns,
+            ..Function::default()
+        };
+        let first = Point {
+            functions: vec![function("both", 4.0), function("first", 4.0)],
+            ..point(4, 0)
+        };
+        let second = Point {
+            round: 1,
+            requests: 300,
+            transfers: [6.0, 0.5, 7.0],
+            functions: vec![function("both", 8.0)],
+            ..point(4, 0)
+        };
+        let merged = merge(&[first.clone(), second]);
+        let [all] = &merged[..] else {
+            panic!("{merged:?}");
+        };
+        assert_eq!(all.requests, 400);
+        assert_eq!(all.transfers, [5.0, 0.5, 7.0]);
+        // Both had the same counts, for 100 requests and for 300.
+        assert_eq!(all.by_cpu[0].path, 600_000);
+        assert_eq!(all.insns(), [6000.0, 8000.0]);
+        assert_eq!(all.function(&["both"])[0], 7.0);
+        assert_eq!(all.function(&["first"])[0], 1.0);
+        // A CPU's own is beside that of all rounds.
+        let one = point(1, 0);
+        let points = merge(&[one, first.clone()]);
+        let all = scaling(&points, first.case, Model::default());
+        assert_eq!(scaling_of(&points, &first, Model::default()), all);
+    }
+
+    #[test]
+    fn a_round_is_all_cases_once() {
+        let plan = Plan::of(&Args::default());
+        let work = plan.work();
+        assert_eq!(work.len(), 3 * 4 * 7 + 2 * 4 * 7);
+        let last = work.last().expect("some");
+        assert_eq!((last.0, last.1.size), (2, SIZE));
+        let quick = Plan::of(&Args {
+            quick: true,
+            ..Args::default()
+        });
+        assert_eq!(quick.work().len(), 2);
     }
 
     #[test]

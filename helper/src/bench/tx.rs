@@ -5,9 +5,9 @@
 
 use super::load::{Generator, Place, Sent};
 use super::peer::{FarEnd, Peer};
-use super::profile::{Class, Profile, Profiler, Region};
+use super::profile::{Class, Function, Profile, Profiler, Region};
 use super::progress::Progress;
-use super::results::{Results, SCHEMA, Slaves, Tx};
+use super::results::{Results, Slaves, Tx};
 use super::state::State;
 use super::{gate, report};
 use crate::vm::guest::Guest;
@@ -22,8 +22,6 @@ use std::time::Duration;
 
 /// For anything in a guest that ends by itself.
 const STEP: Duration = Duration::from_secs(300);
-/// Functions of a point that are kept, those with most transfers and most instructions.
-const FUNCTIONS: usize = 40;
 
 /// What sending costs, by each peer and number of CPUs
 #[derive(clap::Args)]
@@ -168,19 +166,6 @@ pub struct Point {
     pub functions: Vec<Function>,
 }
 
-/// Figures of a function, a packet.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Function {
-    /// As in kallsyms.
-    pub name: String,
-    /// Instructions.
-    pub insns: f64,
-    /// Conflict lines, as run.
-    pub conflicts: f64,
-    /// Transfers, as run.
-    pub transfers: f64,
-}
-
 /// Where and what to measure, and how much of it.
 struct Plan {
     sites: Vec<Site>,
@@ -314,11 +299,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let problems = measure(&host, &plan, &mut state)?;
 
-    let mut results = Results::load(&at(&format!("{name}.json"))).unwrap_or_default();
-    results.schema = SCHEMA;
-    results.kernel.clone_from(&host.kernel);
-    (results.tx, results.tx_few_queues) = sum_up(state.points());
-    results.save(&at(&format!("{name}.json")))?;
+    let results = Results::update(&at(&format!("{name}.json")), &host.kernel, |results| {
+        (results.tx, results.tx_few_queues) = sum_up(state.points());
+    })?;
     super::write_whole(
         &at(&format!("{name}.points.json")),
         serde_json::to_string(state.points())?.as_bytes(),
@@ -343,7 +326,7 @@ fn measure(host: &Host, plan: &Plan, state: &mut State<Point>) -> Result<Vec<Str
         })
     };
     let weigh = |site: Site| f64::from(site.cpus.max(2));
-    let mut progress = Progress::default();
+    let mut progress = Progress::new("tx");
     for &site in &plan.sites {
         for (round, peer, generators) in plan.work(site) {
             for generator in generators {
@@ -554,26 +537,6 @@ fn point(
             .with_context(|| format!("nothing went from the bond to {to}"))
     };
     let way = profile.per_packet(Class::Path);
-    let mut functions: Vec<Function> = Vec::new();
-    for row in profile
-        .functions
-        .iter()
-        .filter(|row| row.class == Class::Path)
-    {
-        let each = |n: u64| n as f64 / packets as f64;
-        let total = row.total();
-        functions.push(Function {
-            name: row.name.clone(),
-            insns: each(total.insns),
-            conflicts: each(total.conflicts),
-            transfers: each(total.transfers),
-        });
-    }
-    functions.sort_by(|a, b| {
-        let weight = |f: &Function| f.transfers * 100.0 + f.insns;
-        weight(b).total_cmp(&weight(a))
-    });
-    functions.truncate(FUNCTIONS);
     let replay = &profile.replay;
     Ok(Point {
         site,
@@ -593,7 +556,7 @@ fn point(
         transfers_as_run: way.transfers,
         generator_transfers: replay.generator_transfers.mean,
         astray: sent.astray,
-        functions,
+        functions: profile.path_functions(packets, |_| false),
     })
 }
 

@@ -5,7 +5,7 @@ use crate::bench::figures::{Bars, Lines};
 use crate::bench::model::Model;
 use crate::bench::profile::Class;
 use crate::bench::results::System;
-use crate::bench::system::{Case, Name, Point, SIZE, TABLE, find, scaling};
+use crate::bench::system::{Case, Name, Point, SIZE, TABLE, find, scaling, scaling_of};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -40,7 +40,8 @@ SO_REUSEPORT are random, and a few hundred requests spread by them are uneven by
 What goes by the clock and not by the request is stopped meanwhile: `cpubond run` looking after
 its daemons, and the kernel's DAMON statistics.",
     );
-    section.say(missing(points));
+    let rounds = &measured.system_rounds;
+    section.say(how_often(points, rounds));
     let cpus: BTreeSet<u32> = points
         .iter()
         .filter(|point| point.case.size == SIZE)
@@ -48,7 +49,7 @@ its daemons, and the kernel's DAMON statistics.",
         .collect();
     if let Some(&most) = cpus.last() {
         section.say("### 128 bytes, from 1 CPU to many (the paper's Figure 5)");
-        figures(&mut section, points, &cpus, most)?;
+        figures(&mut section, points, rounds, &cpus, most)?;
         section.say(table_4(points, most));
     }
     sizes(&mut section, points)?;
@@ -58,8 +59,8 @@ its daemons, and the kernel's DAMON statistics.",
     Ok(section)
 }
 
-/// What was left out of the whole: each measured once only.
-fn missing(points: &[Point]) -> String {
+/// Rounds, and what was left out of the whole.
+fn how_often(points: &[Point], rounds: &[Point]) -> String {
     let whole = crate::bench::system::whole();
     let mut left_out: BTreeMap<(u32, u32), Vec<String>> = BTreeMap::new();
     for case in whole.iter().filter(|&&case| find(points, case).is_none()) {
@@ -78,11 +79,35 @@ fn missing(points: &[Point]) -> String {
             format!("{size} bytes at {cpus} CPUs: {which}")
         })
         .collect();
-    let mut text = "Each point was measured once, so there is no spread between runs in what follows. How \
-                    many packets a CPU finds waiting when it looks, and so how often it looks, is up \
-                    to the host that ran the virtual CPUs: instructions a request, and with them the \
-                    modelled scaling, vary with that."
-        .to_owned();
+    let mut text = String::new();
+    for (which, of) in [
+        (
+            "128 bytes",
+            (|case: Case| case.size == SIZE) as fn(Case) -> bool,
+        ),
+        ("longer files", |case| case.size != SIZE),
+    ] {
+        let each = || {
+            points
+                .iter()
+                .map(|point| point.case)
+                .filter(|&case| of(case))
+        };
+        let count = |case| rounds.iter().filter(|point| point.case == case).count();
+        if let (Some(least), Some(most)) = (each().map(count).min(), each().map(count).max()) {
+            let times = if least == most {
+                least.to_string()
+            } else {
+                format!("{least} to {most}")
+            };
+            let _ = write!(text, "Rounds with {which}: {times}. ");
+        }
+    }
+    text.push_str(
+        "The rounds of a point are put together as if they were one long one. How many packets a CPU \
+         finds waiting when it looks, and so how often it looks, is up to the host that ran the virtual \
+         CPUs: instructions a request, and with them the modelled scaling, vary with that.",
+    );
     if !left_out.is_empty() {
         let _ = write!(text, " **Not measured**: {}.", left_out.join("; "));
     }
@@ -115,7 +140,13 @@ fn throughput(points: &[Point], case: Case, model: Model) -> Option<f64> {
     Some(1e6 / model.busiest(&point.work(), point.requests)?)
 }
 
-fn figures(section: &mut Section, points: &[Point], cpus: &BTreeSet<u32>, most: u32) -> Result<()> {
+fn figures(
+    section: &mut Section,
+    points: &[Point],
+    rounds: &[Point],
+    cpus: &BTreeSet<u32>,
+    most: u32,
+) -> Result<()> {
     let series = |of: &dyn Fn(Case) -> Option<[f64; 3]>| -> Vec<(String, Vec<[f64; 4]>)> {
         Name::ALL
             .into_iter()
@@ -142,7 +173,7 @@ fn figures(section: &mut Section, points: &[Point], cpus: &BTreeSet<u32>, most: 
     }
     .svg()?;
     section.figure("system-scaling", &title, svg);
-    section.say(read_scaling(points, most));
+    section.say(read_scaling(points, rounds, most));
     let title = format!("modelled throughput ({})", parameters());
     let svg = Lines {
         title: &title,
@@ -167,7 +198,7 @@ fn figures(section: &mut Section, points: &[Point], cpus: &BTreeSet<u32>, most: 
 }
 
 /// Whether it is linear.
-fn read_scaling(points: &[Point], most: u32) -> String {
+fn read_scaling(points: &[Point], rounds: &[Point], most: u32) -> String {
     let mut text = format!(
         "**This is a model**, made of what was counted: requests divided by the cycles of the busiest \
          CPU, which are its instructions and its share of the lines that move ({}). ",
@@ -180,10 +211,17 @@ fn read_scaling(points: &[Point], most: u32) -> String {
             continue;
         };
         let share = find(points, case).map_or(0.0, Point::busiest_share);
+        let each: Vec<String> = rounds
+            .iter()
+            .filter(|round| round.case == case && round.failed == 0)
+            .filter_map(|round| scaling_of(points, round, Model::default()))
+            .map(|scale| format!("{scale:.2}"))
+            .collect();
         let _ = write!(
             text,
             "{name} does {scale:.2} times the requests of its own single CPU at {most} CPUs ({low:.2} to \
-             {high:.2}), {:.1} % of its work on the busiest{}. ",
+             {high:.2} with the latency; by rounds {}), {:.1} % of its work on the busiest{}. ",
+            each.join(", "),
             share * 100.0,
             match (name.is_ours(), scale >= wanted) {
                 (false, _) => String::new(),
