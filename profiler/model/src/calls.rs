@@ -120,6 +120,16 @@ mod tests {
     }
 
     #[test]
+    fn what_has_returned_may_be_who_called() {
+        let calls = &mut Calls::default();
+        assert!(!step(calls, LOCK, true));
+        assert!(step(calls, WAKE, true));
+        assert!(step(calls, LOCK, true));
+        assert!(step(calls, WAKE, false));
+        assert!(!step(calls, LOCK, false));
+    }
+
+    #[test]
     fn a_loop_to_the_beginning_is_not_a_call_each_time() {
         let calls = &mut Calls::default();
         for _ in 0..1000 {
