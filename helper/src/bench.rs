@@ -31,7 +31,7 @@ mod tx;
 use crate::vm::image::Host;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 /// Measure, beside every other way to send.
 #[derive(clap::Subcommand)]
@@ -74,6 +74,21 @@ pub fn run(command: &BenchCommand) -> ExitCode {
         eprintln!("cpubond: error: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// The commit that is checked out, and whether something is not in it; empty without git.
+fn commit(host: &Host) -> String {
+    let output = Command::new("git")
+        .arg("-C")
+        .arg(&host.checkout)
+        .args(["describe", "--always", "--dirty"])
+        .output();
+    match output {
+        Ok(output) if output.status.success() => {
+            String::from_utf8_lossy(&output.stdout).trim().to_owned()
+        }
+        _ => String::new(),
+    }
 }
 
 /// What a measurement depends on: the kernel, our modules, this program, the profiler.

@@ -179,7 +179,7 @@ fn head(measured: &Measured, qemu: &str) -> String {
     format!(
         "# What sending costs, and what serving does
 
-Written by `cpubond bench report` (cpubond {version}) from what `make bench`, or parts of it
+Written by `cpubond bench report` (cpubond {version}, {commit}) from what `make bench`, or parts of it
 (`cpubond bench tx`, `cpubond bench system`), had measured: {points} measurements of {packets}
 packets in all, and {system} of {requests} requests of a server. Kernel {kernel},
 {qemu}.
@@ -207,6 +207,10 @@ be compared is how one way to send relates to another. All bonds ran on the patc
 ",
         version = env!("CARGO_PKG_VERSION"),
         kernel = measured.results.kernel,
+        commit = match measured.results.commit.as_str() {
+            "" => "of no commit".to_owned(),
+            commit => format!("commit {commit}"),
+        },
         points = measured.points.len(),
         system = measured.system_rounds.len(),
         requests = measured

@@ -19,6 +19,10 @@ pub struct Results {
     pub schema: u32,
     /// Release of the guests' kernel.
     pub kernel: String,
+    /// Of the sources that measured last, as `git describe --always --dirty` has it; empty
+    /// where there is no git.
+    #[serde(default)]
+    pub commit: String,
     /// The transmit path, where there are as many slaves as CPUs.
     #[serde(default)]
     pub tx: Vec<Tx>,
@@ -125,12 +129,17 @@ impl Results {
 
     /// Change a part of a file, if it is there and can be read; the parts may be measured side by
     /// side. Returns what is in it now.
-    pub fn update(path: &Path, kernel: &str, change: impl FnOnce(&mut Self)) -> Result<Self> {
+    pub fn update(
+        path: &Path,
+        [kernel, commit]: [&str; 2],
+        change: impl FnOnce(&mut Self),
+    ) -> Result<Self> {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let mut results = Self::load(path).unwrap_or_default();
         results.schema = SCHEMA;
         kernel.clone_into(&mut results.kernel);
+        commit.clone_into(&mut results.commit);
         change(&mut results);
         results.save(path)?;
         Ok(results)
@@ -159,11 +168,12 @@ mod tests {
     fn a_part_is_changed_and_the_rest_stays() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("bench.json");
-        let made = Results::update(&path, "1", |results| results.system = vec![system()]);
+        let made = Results::update(&path, ["1", "a"], |results| results.system = vec![system()]);
         assert_eq!(made.expect("is made").schema, SCHEMA);
-        let both =
-            Results::update(&path, "2", |results| results.tx = Vec::new()).expect("is there");
+        let both = Results::update(&path, ["2", "b"], |results| results.tx = Vec::new())
+            .expect("is there");
         assert_eq!((both.kernel.as_str(), both.system.len()), ("2", 1));
+        assert_eq!(both.commit, "b");
         assert_eq!(Results::load(&path).expect("is written"), both);
     }
 

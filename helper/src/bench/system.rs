@@ -520,9 +520,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let problems = measure(&host, &plan, &mut state)?;
 
-    let results = Results::update(&at(&format!("{name}.json")), &host.kernel, |results| {
-        results.system = sum_up(state.points());
-    })?;
+    let results = Results::update(
+        &at(&format!("{name}.json")),
+        [&host.kernel, &super::commit(&host)],
+        |results| {
+            results.system = sum_up(state.points());
+        },
+    )?;
     super::write_whole(
         &at(&format!("{name}.system.points.json")),
         serde_json::to_string(state.points())?.as_bytes(),
