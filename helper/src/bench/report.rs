@@ -1,16 +1,18 @@
 //! `cpubond bench report`: figures and `docs/results.md`, from what was measured.
 
+mod reached;
 mod system;
 
 use super::figures::{Bars, Lines};
 use super::load::Generator;
 use super::peer::Peer;
+use super::profile::Function;
 use super::results::{Results, Slaves, Tx};
 use super::tx::{Kind, Point};
 use crate::vm::image::Host;
 use anyhow::{Context, Result};
 use serde::de::DeserializeOwned;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -113,32 +115,6 @@ impl Measured {
             system: super::system::merge(&system_rounds),
             system_rounds,
         })
-    }
-
-    /// A function's transfers a packet at one place, over the rounds.
-    fn function(&self, cpus: u32, peer: Peer, name: &str) -> Option<[f64; 3]> {
-        let rounds: Vec<&Point> = self
-            .points
-            .iter()
-            .filter(|point| {
-                point.site.kind == Kind::SingleQueue
-                    && point.site.cpus == cpus
-                    && point.peer == peer
-                    && point.generator == Generator::Pktgen
-            })
-            .collect();
-        if rounds.is_empty() {
-            return None;
-        }
-        let mut sum = [0.0; 3];
-        for function in rounds.iter().flat_map(|point| &point.functions) {
-            if function.name == name {
-                sum[0] += function.insns;
-                sum[1] += function.conflicts;
-                sum[2] += function.transfers;
-            }
-        }
-        Some(sum.map(|each| each / rounds.len() as f64))
     }
 }
 
@@ -314,8 +290,13 @@ fn transmit(measured: &Measured) -> Result<Section> {
         }
         section.say(heading);
         bars(&mut section, name, &table)?;
-        section.say(read_queues(&table, name == "tx-multiqueue"));
+        let enough = name == "tx-multiqueue";
+        section.say(read_queues(&table, enough));
+        if enough {
+            section.say(what_is_left(measured));
+        }
     }
+    section.say(reached::section(results));
     section.say("### All of it\n");
     section.say(tables(results));
     section.say(left_out(results));
@@ -438,29 +419,39 @@ fn read_instructions(results: &Results, cpus: &BTreeSet<u32>) -> String {
 /// Tables 2 and 3.
 fn functions(measured: &Measured, cpus: &BTreeSet<u32>) -> String {
     let mut text = String::new();
-    let Some(&n) = cpus.iter().rev().find(|&&n| {
-        n <= 8
-            && measured.function(n, Peer::BalanceRr, "").is_some()
-            && measured.function(n, Peer::CpuBound, "").is_some()
-    }) else {
-        return text;
-    };
-    let mut names: Vec<String> = measured
-        .points
-        .iter()
-        .filter(|point| {
+    let at = |n, peer| {
+        mean_functions(measured.points.iter().filter(|point| {
             point.site.kind == Kind::SingleQueue
                 && point.site.cpus == n
                 && point.generator == Generator::Pktgen
-                && matches!(point.peer, Peer::BalanceRr | Peer::CpuBound)
-        })
-        .flat_map(|point| point.functions.iter().map(|function| function.name.clone()))
+                && point.peer == peer
+        }))
+    };
+    let Some((n, [rr, ours])) = cpus
+        .iter()
+        .rev()
+        .filter(|&&n| n <= 8)
+        .map(|&n| (n, [Peer::BalanceRr, Peer::CpuBound].map(|peer| at(n, peer))))
+        .find(|(_, both)| both.iter().all(|functions| !functions.is_empty()))
+    else {
+        return text;
+    };
+    let get = |functions: &[Function], name: &str| {
+        functions
+            .iter()
+            .find(|function| function.name == name)
+            .cloned()
+            .unwrap_or_default()
+    };
+    let mut names: Vec<&str> = rr
+        .iter()
+        .chain(&ours)
+        .map(|function| function.name.as_str())
         .collect::<BTreeSet<_>>()
         .into_iter()
         .collect();
-    let row = |name: &str, peer| measured.function(n, peer, name).unwrap_or_default();
     names.sort_by(|a, b| {
-        let weight = |name: &str| row(name, Peer::BalanceRr)[2] + row(name, Peer::CpuBound)[2];
+        let weight = |name: &str| get(&rr, name).transfers + get(&ours, name).transfers;
         weight(b).total_cmp(&weight(a))
     });
     names.truncate(16);
@@ -472,11 +463,11 @@ fn functions(measured: &Measured, cpus: &BTreeSet<u32>) -> String {
          |---|---|---|---|---|---|---|"
     );
     for name in &names {
-        let (rr, ours) = (row(name, Peer::BalanceRr), row(name, Peer::CpuBound));
+        let (rr, ours) = (get(&rr, name), get(&ours, name));
         let _ = writeln!(
             text,
             "| `{name}` | {:.1} | {:.1} | {:.2} | {:.2} | {:.2} | {:.2} |",
-            rr[0], ours[0], rr[1], ours[1], rr[2], ours[2]
+            rr.insns, ours.insns, rr.conflicts, ours.conflicts, rr.transfers, ours.transfers
         );
     }
     let _ = write!(
@@ -563,6 +554,66 @@ fn read_queues(table: &[&Tx], enough: bool) -> String {
          together. Each CPU has a queue to itself if its packets go by the right NIC."
     };
     format!("{lead} Transfers a packet by pktgen: {}.", all.join(", "))
+}
+
+/// What the slaves share even where each has a queue for every CPU, function by function.
+fn what_is_left(measured: &Measured) -> String {
+    let Some(most) = measured
+        .points
+        .iter()
+        .map(|point| point.site)
+        .filter(|site| site.kind == Kind::Multiqueue)
+        .max()
+    else {
+        return String::new();
+    };
+    let left: Vec<String> = [Peer::RawPrivate, Peer::BalanceXor, Peer::CpuBound]
+        .into_iter()
+        .map(|peer| {
+            let functions = mean_functions(measured.points.iter().filter(|point| {
+                (point.site, point.peer, point.generator) == (most, peer, Generator::Udp)
+            }));
+            let first: Vec<String> = functions
+                .iter()
+                .take(6)
+                .filter(|function| function.transfers >= 0.005)
+                .map(|function| format!("`{}` {:.2}", function.name, function.transfers))
+                .collect();
+            format!("{peer}: {}", first.join(", "))
+        })
+        .collect();
+    format!(
+        "What is left, by UDP sockets, as run: {}. On a machine of several NUMA nodes one thing more \
+         is left, which no count here shows: a queue's ring and the NIC are of one node, and a flow's \
+         hash takes NICs of all of them.",
+        left.join("; ")
+    )
+}
+
+/// Means over rounds; those with most transfers first.
+fn mean_functions<'a>(rounds: impl Iterator<Item = &'a Point>) -> Vec<Function> {
+    let mut sums: BTreeMap<&str, Function> = BTreeMap::new();
+    let mut count = 0.0;
+    for point in rounds {
+        count += 1.0;
+        for function in &point.functions {
+            let sum = sums.entry(&function.name).or_default();
+            sum.insns += function.insns;
+            sum.conflicts += function.conflicts;
+            sum.transfers += function.transfers;
+        }
+    }
+    let mut means: Vec<Function> = sums
+        .into_iter()
+        .map(|(name, sum)| Function {
+            name: name.to_owned(),
+            insns: sum.insns / count,
+            conflicts: sum.conflicts / count,
+            transfers: sum.transfers / count,
+        })
+        .collect();
+    means.sort_by(|a, b| b.transfers.total_cmp(&a.transfers));
+    means
 }
 
 fn left_out(results: &Results) -> String {

@@ -329,7 +329,7 @@ fn read_transfers(points: &[Point], most: u32) -> String {
          how the host ran the virtual CPUs.",
         all.join(", ")
     );
-    for name in [Name::CpuBoundSkLookup, Name::Multiqueue] {
+    for name in [Name::CpuBoundSkLookup, Name::CpuBoundNat, Name::Multiqueue] {
         let Some(point) = find(points, at(name, most)) else {
             continue;
         };
@@ -337,7 +337,7 @@ fn read_transfers(points: &[Point], most: u32) -> String {
         functions.sort_by(|a, b| b.transfers.total_cmp(&a.transfers));
         let left: Vec<String> = functions
             .iter()
-            .take(8)
+            .take(16)
             .map(|f| format!("`{}` {:.2}", f.name, f.transfers))
             .collect();
         let _ = write!(
@@ -346,6 +346,16 @@ fn read_transfers(points: &[Point], most: u32) -> String {
             left.join(", ")
         );
     }
+    text.push_str(
+        "\n\nThese are what connections share whoever serves them: the list of those bound to the one port, \
+         with its lock (`_raw_spin_lock`, `__inet_inherit_port`, `inet_put_port`, `inet_twsk_*`; with nat \
+         each daemon has a port of its own), what TCP remembers of a client's address (`tcp_*_metrics`), the \
+         file that is served (`filemap_get_entry`, `lockref_*`, `do_dentry_open`), AppArmor's label of the \
+         server; and what goes by the clock, which under emulation is far too often beside the requests: \
+         the time itself (`ktime_get_seconds`), the neighbour that is confirmed (`ip_finish_output2`), the \
+         bond's look at its links (`bond_handle_frame`). None of it is in the way of packets through the \
+         NICs.",
+    );
     text
 }
 
