@@ -51,6 +51,36 @@ fn colour(series: usize) -> RGBColor {
     COLOURS[series % COLOURS.len()]
 }
 
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// What is drawn, on white.
+fn svg(draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
+    let mut svg = String::new();
+    let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+    area.fill(&WHITE).map_err(failed)?;
+    draw(&area)?;
+    area.present().map_err(failed)?;
+    drop(area);
+    Ok(svg)
+}
+
+/// A chart to be, with so much room on its right and below.
+fn frame<'a, 'b>(
+    area: &'a Area<'b>,
+    title: &str,
+    right: u32,
+    below: u32,
+) -> ChartBuilder<'a, 'b, SVGBackend<'b>> {
+    let mut chart = ChartBuilder::on(area);
+    chart
+        .caption(title, ("sans-serif", 20))
+        .margin(12)
+        .margin_right(right)
+        .x_label_area_size(below)
+        .y_label_area_size(64);
+    chart
+}
+
 /// plotters' errors borrow from what was drawn on.
 fn failed(error: impl Display) -> anyhow::Error {
     anyhow!("a figure cannot be drawn: {error}")
@@ -59,24 +89,14 @@ fn failed(error: impl Display) -> anyhow::Error {
 impl Lines<'_> {
     /// The SVG. CPUs double from tick to tick.
     pub fn svg(&self) -> Result<String> {
-        let mut svg = String::new();
-        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        self.draw(&area)?;
-        drop(area);
-        Ok(svg)
+        svg(|area| self.draw(area))
     }
 
-    fn draw(&self, area: &DrawingArea<SVGBackend<'_>, Shift>) -> Result<()> {
+    fn draw(&self, area: &Area<'_>) -> Result<()> {
         let points = || self.series.iter().flat_map(|(_, points)| points);
         let top = points().map(|point| point[3]).fold(1.0, f64::max) * 1.05;
         let last = points().map(|point| point[0]).fold(1.0, f64::max).log2();
-        area.fill(&WHITE).map_err(failed)?;
-        let mut chart = ChartBuilder::on(area)
-            .caption(self.title, ("sans-serif", 20))
-            .margin(12)
-            .margin_right(30)
-            .x_label_area_size(44)
-            .y_label_area_size(64)
+        let mut chart = frame(area, self.title, 30, 44)
             .build_cartesian_2d(-0.1..last + 0.1, 0.0..top)
             .map_err(failed)?;
         chart
@@ -124,35 +144,24 @@ impl Lines<'_> {
                 )
                 .map_err(failed)?;
         }
-        legend(&mut chart)?;
-        area.present().map_err(failed)
+        legend(&mut chart)
     }
 }
 
 impl Bars<'_> {
     /// The SVG.
     pub fn svg(&self) -> Result<String> {
-        let mut svg = String::new();
-        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        self.draw(&area)?;
-        drop(area);
-        Ok(svg)
+        svg(|area| self.draw(area))
     }
 
-    fn draw(&self, area: &DrawingArea<SVGBackend<'_>, Shift>) -> Result<()> {
+    fn draw(&self, area: &Area<'_>) -> Result<()> {
         let bars = || {
             self.groups
                 .iter()
                 .flat_map(|(_, bars)| bars.iter().flatten())
         };
         let top = bars().map(|bar| bar[2].max(bar[0])).fold(1.0, f64::max) * 1.1;
-        area.fill(&WHITE).map_err(failed)?;
-        let mut chart = ChartBuilder::on(area)
-            .caption(self.title, ("sans-serif", 20))
-            .margin(12)
-            .margin_right(44)
-            .x_label_area_size(96)
-            .y_label_area_size(64)
+        let mut chart = frame(area, self.title, 44, 96)
             .build_cartesian_2d(-0.5..self.groups.len() as f64 - 0.5, 0.0..top)
             .map_err(failed)?;
         chart
@@ -221,7 +230,7 @@ impl Bars<'_> {
         if self.series.len() > 1 {
             legend(&mut chart)?;
         }
-        area.present().map_err(failed)
+        Ok(())
     }
 }
 
