@@ -245,6 +245,8 @@ pub fn place_of(symbol: &Symbol, entry: bool, iret: bool) -> Place {
         Place::NetSoftirq
     } else if entry && OTHER_SOFTIRQ.contains(&name) {
         Place::OtherSoftirq
+    } else if entry && name == "ret_from_fork_asm" {
+        Place::NewTask
     } else if matches!(name, "handle_softirqs" | "__do_softirq") {
         Place::Dispatcher
     } else if HOUSEKEEPING.contains(&name) {
@@ -304,6 +306,10 @@ mod tests {
         assert_eq!(
             place_of(&symbol("net_rx_action", None), true, false),
             Place::NetSoftirq
+        );
+        assert_eq!(
+            place_of(&symbol("ret_from_fork_asm", None), true, false),
+            Place::NewTask
         );
         assert_eq!(
             place_of(&symbol("handle_softirqs", None), false, false),

@@ -29,11 +29,13 @@ pub enum Place {
     Generator,
     /// Where the generator hands its packet over.
     PathEntry,
+    /// Where a task begins. Its memory may have been that of one that ended.
+    NewTask,
 }
 
 impl Place {
     /// All, by number.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Plain,
         Self::User,
         Self::Interrupt,
@@ -44,6 +46,7 @@ impl Place {
         Self::Housekeeping,
         Self::Generator,
         Self::PathEntry,
+        Self::NewTask,
     ];
 }
 
@@ -102,6 +105,7 @@ impl Task {
             Place::Housekeeping => self.housekeeping |= self.interrupts.is_empty(),
             Place::Generator => self.generating |= self.interrupts.is_empty(),
             Place::PathEntry => self.generating &= !self.interrupts.is_empty(),
+            Place::NewTask => *self = Self::default(),
         }
         let level = self.level();
         let (softirq, scheduler) = (level.softirq, level.scheduler.step(step));
@@ -216,6 +220,18 @@ mod tests {
             ),
             [Sched, Sched, User, Path]
         );
+    }
+
+    #[test]
+    fn a_new_task_is_not_the_one_whose_memory_it_has() {
+        let mut task = Task::default();
+        run(&mut task, &[Place::Housekeeping, Place::Interrupt]);
+        task.enter(Place::Plain, step(9, Class::Sched));
+        assert_eq!(
+            run(&mut task, &[Place::NewTask, Place::Plain]),
+            [Class::Path, Class::Path]
+        );
+        assert_eq!(task.depth(), 0);
     }
 
     #[test]
