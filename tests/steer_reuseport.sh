@@ -44,8 +44,6 @@ answered() {
 # ask_udp ARG...: the peer sends datagrams, each a flow of its own; the report.
 ask_udp() { peer_do "cpubond vm traffic ask --size 0 --protocol udp --to $*"; }
 
-from() { local last all=; for last in "${CLIENTS[@]}"; do all+=,$1$last; done; echo "${all#,}"; }
-
 udp_live() {
 	[ "$(cpubond steer list udp -j | jq '[.services[] | select(.differences == []) | .daemons[] | select(.phase == "live")] | length')" = "$1" ]
 }

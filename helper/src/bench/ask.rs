@@ -2,32 +2,32 @@
 //! requests, each over a new connection.
 //!
 //! `ab` binds to a port of the kernel's choice, which is random where the address is given.
-//! These go through the ports in order, as a client does that gives no address, so a switch
+//! These can go through the ports in order, as a client does that gives no address, so a switch
 //! that spreads by ports spreads them evenly, however few there are.
+//!
+//! Nor does `ab` account for each connection once servers die under it: it may wait at the end
+//! for one that it has not got any more. These tell what became of each.
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use serde::{Deserialize, Serialize};
-use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-/// For one answer, of a server that is emulated and counted.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// In the lab's peer: make requests.
 #[derive(clap::Args)]
 pub struct Ask {
     /// The server
     #[arg(long)]
-    to: SocketAddrV4,
+    to: SocketAddr,
     /// Own addresses
     #[arg(long, value_delimiter = ',', required = true)]
-    from: Vec<Ipv4Addr>,
+    from: Vec<IpAddr>,
     /// Requests from each address
     #[arg(long)]
     requests: u16,
@@ -35,11 +35,16 @@ pub struct Ask {
     #[arg(long, default_value_t = 2)]
     at_once: u16,
     /// Source port of the first from each address; the next has the next port but one
+    /// (default: the kernel picks)
     #[arg(long)]
-    first_port: u16,
+    first_port: Option<u16>,
     /// Bytes that an answer has
     #[arg(long)]
     bytes: usize,
+    /// Seconds to wait for a connection, and for its answer: long, for the server may be emulated
+    /// and counted
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    patience: u64,
 }
 
 /// How they fared; what `ask` prints.
@@ -49,6 +54,10 @@ pub struct Asked {
     pub complete: u64,
     /// Not so.
     pub failed: u64,
+    /// Of these: nobody listened.
+    pub refused: u64,
+    /// Of these: nothing was heard for the time they had.
+    pub silent: u64,
     /// Why the first of these failed.
     pub why: Option<String>,
 }
@@ -71,12 +80,12 @@ impl Ask {
 
     /// 0 whatever the answers: judging is for who asked.
     pub fn run(&self) -> Result<ExitCode> {
-        let last = u32::from(self.first_port) + 2 * u32::from(self.requests);
-        if last > u32::from(u16::MAX) {
+        if let Some(first) = self.first_port
+            && u32::from(first) + 2 * u32::from(self.requests) > u32::from(u16::MAX)
+        {
             bail!(
-                "{} requests from port {} on: there are no ports beyond 65535",
-                self.requests,
-                self.first_port
+                "{} requests from port {first} on: there are no ports beyond 65535",
+                self.requests
             );
         }
         let asked = Mutex::new(Asked::default());
@@ -99,19 +108,25 @@ impl Ask {
     }
 
     /// One request after the other, until all of the address are made.
-    fn client(&self, from: Ipv4Addr, next: &AtomicU32, asked: &Mutex<Asked>) {
+    fn client(&self, from: IpAddr, next: &AtomicU32, asked: &Mutex<Asked>) {
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
             let Some(number) = u16::try_from(number).ok().filter(|&n| n < self.requests) else {
                 return;
             };
-            let from = SocketAddr::new(from.into(), self.first_port + 2 * number);
+            let port = self.first_port.map_or(0, |first| first + 2 * number);
+            let from = SocketAddr::new(from, port);
             let outcome = self.request(from);
             let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
             match outcome {
                 Ok(()) => asked.complete += 1,
                 Err(error) => {
                     asked.failed += 1;
+                    match error.downcast_ref::<io::Error>().map(io::Error::kind) {
+                        Some(ErrorKind::ConnectionRefused) => asked.refused += 1,
+                        Some(ErrorKind::WouldBlock | ErrorKind::TimedOut) => asked.silent += 1,
+                        _ => {}
+                    }
                     asked
                         .why
                         .get_or_insert_with(|| format!("{from}: {error:#}"));
@@ -121,15 +136,24 @@ impl Ask {
     }
 
     fn request(&self, from: SocketAddr) -> Result<()> {
-        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
+        let family = match from {
+            SocketAddr::V4(_) => AddressFamily::INET,
+            SocketAddr::V6(_) => AddressFamily::INET6,
+        };
+        let socket = rustix::net::socket(family, SocketType::STREAM, None)?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
         rustix::net::bind(&socket, &from).context("bind")?;
         let mut stream = TcpStream::from(socket);
         // Of connect(), too.
-        stream.set_write_timeout(Some(PATIENCE))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let patience = Some(Duration::from_secs(self.patience));
+        stream.set_write_timeout(patience)?;
+        stream.set_read_timeout(patience)?;
         rustix::net::connect(&stream, &self.to)
-            .map_err(io::Error::from)
+            .map_err(|error| match error {
+                // The time of a blocking connect() is over.
+                rustix::io::Errno::INPROGRESS => ErrorKind::TimedOut.into(),
+                error => io::Error::from(error),
+            })
             .context("connect")?;
         stream.write_all(b"GET / HTTP/1.0\r\nHost: server\r\nAccept: */*\r\n\r\n")?;
         let mut answer = Vec::new();
@@ -184,9 +208,6 @@ mod tests {
     fn each_request_has_a_connection_and_a_port_of_its_own() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
         let to = listener.local_addr().expect("has an address");
-        let SocketAddr::V4(to) = to else {
-            panic!("{to}");
-        };
         let server = thread::spawn(move || {
             let mut ports = Vec::new();
             for _ in 0..6 {
@@ -203,11 +224,12 @@ mod tests {
         });
         let ask = Ask {
             to,
-            from: vec![Ipv4Addr::LOCALHOST],
+            from: vec![Ipv4Addr::LOCALHOST.into()],
             requests: 6,
             at_once: 2,
-            first_port: 23457,
+            first_port: Some(23457),
             bytes: 1,
+            patience: 60,
         };
         ask.run().expect("asks");
         assert_eq!(
