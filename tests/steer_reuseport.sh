@@ -19,6 +19,22 @@ up() {
 	check_eq "net.ipv4.tcp_migrate_req" "$(sysctl -n net.ipv4.tcp_migrate_req)" 1
 }
 
+# quit CPU: its daemon is told to end when it has answered what it has.
+quit() {
+	kill -QUIT "$(pgrep -o -f "^nginx: master .*conf[.]$1\$")"
+	wait_for 20 eval "! grep -q '^$1 live' <<<\"\$(daemons)\""
+}
+
+# Those that wait for the one that ends go to another; nginx may close a few that it has
+# accepted.
+restarted() {
+	local restarts
+	restarts=$(daemons | awk '$1 == 2 { print $4 }')
+	under_load quit 2
+	wait_for 30 back 2 $((restarts + 1))
+	all_local 10
+}
+
 # datagrams: "CPU COUNT" a line, received since open_datagrams.
 open_datagrams() {
 	nft -f - <<-NFT
@@ -100,13 +116,14 @@ removed() {
 	check_eq "net.ipv4.tcp_migrate_req" "$(sysctl -n net.ipv4.tcp_migrate_req)" "$(<"$STEER/migrate_req")"
 }
 
-ktap_plan 9
+ktap_plan 10
 ktap_run "the group of each family has a program" up
 ktap_run "IPv4: every connection is served on the CPU that received it" local4
 ktap_run "IPv6: every connection is served on the CPU that received it" local6
 ktap_run "a daemon killed under load: none refused, and it comes back" kill_one
 ktap_run "a drained daemon gets none, others serve its CPU, and it comes back" drained
 ktap_run "three of four killed three times under load: none refused" storm
+ktap_run "a daemon told to end under load: none refused, and it comes back" restarted
 ktap_run "UDP, IPv4 and IPv6: each datagram is answered by the CPU that received it" udp
 ktap_run "UDP: a killed daemon's datagrams are answered by others, until it is back" udp_killed
 ktap_run "undo ends both services, and nothing is left" removed
