@@ -8,6 +8,7 @@
 //! | `report` | figures and `docs/results.md` from what was measured |
 //! | `prof` | one load under the profiler, function by function |
 //! | `native` | the same peers on real NICs, by the clock |
+//! | `ask` | the client of that, on another machine |
 
 mod all;
 mod ask;
@@ -42,6 +43,7 @@ pub enum BenchCommand {
     Report(report::Report),
     Prof(prof::Prof),
     Native(native::Native),
+    Ask(ask::Ask),
     /// In the lab's server: set a peer up
     #[command(hide = true)]
     SetUp(load::SetUp),
@@ -51,9 +53,6 @@ pub enum BenchCommand {
     /// In the lab's peer: answer requests
     #[command(hide = true)]
     Answer(load::Answer),
-    /// In the lab's peer: make requests
-    #[command(hide = true)]
-    Ask(ask::Ask),
 }
 
 /// Run one, with what went wrong on one line.

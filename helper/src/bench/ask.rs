@@ -1,9 +1,10 @@
-//! In the lab's peer: clients, each with an address of its own, that make a known number of
-//! requests, each over a new connection.
+//! `cpubond bench ask`: clients, each with an address of its own, that make a known number of
+//! requests, each over a new connection. In the lab's peer, or on the client machine of
+//! `cpubond bench native`.
 //!
 //! `ab` binds to a port of the kernel's choice, which is random where the address is given.
-//! These can go through the ports in order, as a client does that gives no address, so a switch
-//! that spreads by ports spreads them evenly, however few there are.
+//! Given a first port, these go through the ports in order, as a client does that gives no
+//! address, so a switch that spreads by ports spreads them evenly, however few there are.
 //!
 //! Nor does `ab` account for each connection once servers die under it: it may wait at the end
 //! for one that it has not got any more. These tell what became of each.
@@ -17,33 +18,44 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// In the lab's peer: make requests.
+/// Make HTTP requests, each over a new connection: the client of 'bench native'
 #[derive(clap::Args)]
+#[command(after_help = "\
+Example, for a file of 128 bytes:
+  cpubond bench ask --to 192.0.2.1:80 --from 192.0.2.11,192.0.2.12 --requests 100000 \\
+      --at-once 16 --bytes 128 --give-up
+
+Prints JSON: requests that were answered in full, those that were not, of these the refused and
+the silent, why the first was not, and the nanoseconds from the first request to the last answer. The exit code is 0
+whatever the answers.")]
 pub struct Ask {
     /// The server
-    #[arg(long)]
+    #[arg(long, value_name = "ADDR:PORT")]
     to: SocketAddr,
     /// Own addresses
-    #[arg(long, value_delimiter = ',', required = true)]
+    #[arg(long, value_name = "ADDR", value_delimiter = ',', required = true)]
     from: Vec<IpAddr>,
     /// Requests from each address
     #[arg(long)]
-    requests: u16,
+    requests: u32,
     /// Of these, so many at once
     #[arg(long, default_value_t = 2)]
     at_once: u16,
-    /// Source port of the first from each address; the next has the next port but one
-    /// (default: the kernel picks)
-    #[arg(long)]
+    /// Source port of the first from each address; the next has the next port but one (default:
+    /// the kernel's choice)
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     first_port: Option<u16>,
-    /// Bytes that an answer has
+    /// Bytes that an answer has, without its head
     #[arg(long)]
     bytes: usize,
+    /// Make no more once a request has failed
+    #[arg(long)]
+    give_up: bool,
     /// Seconds to wait for a connection, and for its answer: long, for the server may be emulated
     /// and counted
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     patience: u64,
 }
 
@@ -60,6 +72,8 @@ pub struct Asked {
     pub silent: u64,
     /// Why the first of these failed.
     pub why: Option<String>,
+    /// Wall time, from before the first to after the last.
+    pub nanoseconds: u64,
 }
 
 impl Ask {
@@ -81,7 +95,7 @@ impl Ask {
     /// 0 whatever the answers: judging is for who asked.
     pub fn run(&self) -> Result<ExitCode> {
         if let Some(first) = self.first_port
-            && u32::from(first) + 2 * u32::from(self.requests) > u32::from(u16::MAX)
+            && u64::from(first) + 2 * u64::from(self.requests) > u64::from(u16::MAX)
         {
             bail!(
                 "{} requests from port {first} on: there are no ports beyond 65535",
@@ -94,6 +108,7 @@ impl Ask {
             .iter()
             .map(|&from| (from, AtomicU32::new(0)))
             .collect();
+        let start = Instant::now();
         thread::scope(|scope| {
             for (from, next) in &clients {
                 for _ in 0..self.at_once {
@@ -102,7 +117,8 @@ impl Ask {
                 }
             }
         });
-        let asked = asked.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut asked = asked.into_inner().unwrap_or_else(PoisonError::into_inner);
+        asked.nanoseconds = u64::try_from(start.elapsed().as_nanos())?;
         println!("{}", serde_json::to_string(&asked)?);
         Ok(ExitCode::SUCCESS)
     }
@@ -111,10 +127,14 @@ impl Ask {
     fn client(&self, from: IpAddr, next: &AtomicU32, asked: &Mutex<Asked>) {
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
-            let Some(number) = u16::try_from(number).ok().filter(|&n| n < self.requests) else {
+            if number >= self.requests {
                 return;
+            }
+            let port = match self.first_port {
+                // No more than there are, see run().
+                Some(first) => u16::try_from(u32::from(first) + 2 * number).unwrap_or(u16::MAX),
+                None => 0,
             };
-            let port = self.first_port.map_or(0, |first| first + 2 * number);
             let from = SocketAddr::new(from, port);
             let outcome = self.request(from);
             let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
@@ -131,6 +151,9 @@ impl Ask {
                         .why
                         .get_or_insert_with(|| format!("{from}: {error:#}"));
                 }
+            }
+            if self.give_up && asked.failed > 0 {
+                return;
             }
         }
     }
@@ -229,6 +252,7 @@ mod tests {
             at_once: 2,
             first_port: Some(23457),
             bytes: 1,
+            give_up: false,
             patience: 60,
         };
         ask.run().expect("asks");

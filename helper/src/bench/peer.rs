@@ -250,7 +250,6 @@ pub fn tear_down(host: &Host, site: &Site) -> Result<()> {
 /// Set the peer up in place of whatever there is, and wait until it can send.
 pub fn set_up(host: &Host, peer: Peer, site: &Site) -> Result<()> {
     tear_down(host, site)?;
-    bind(host, site)?;
     let mut netlink = Rtnetlink::open()?;
     match peer.mode() {
         Some((mode, policy)) => {
@@ -297,6 +296,8 @@ pub fn set_up(host: &Host, peer: Peer, site: &Site) -> Result<()> {
     if !peer.is_raw() {
         netlink.set_up(DEVICE, true)?;
     }
+    // Now that all are up: a NIC that is down need not have interrupts.
+    bind(host, site)?;
     settle(host, peer, site)
 }
 
@@ -318,36 +319,58 @@ pub fn give_addresses(peer: Peer, site: &Site) -> Result<()> {
     Ok(())
 }
 
-/// Where interrupts go and who sends on which queue, as it was.
-pub struct Bindings(Vec<(PathBuf, String)>);
-
-/// As it is now.
-pub fn bindings(host: &Host, site: &Site) -> Result<Bindings> {
-    let mut files = Vec::new();
-    for nic in &site.nics {
-        files.extend(
-            irq::of_link(host, nic)
-                .iter()
-                .map(|irq| irq::affinity_path(host, irq.number)),
-        );
-        files.extend(link::xps(host, nic).into_iter().map(|queue| queue.path));
-    }
-    let read = |path: PathBuf| {
-        let value = host::read(&path)?;
-        Ok((path, value))
-    };
-    Ok(Bindings(
-        files.into_iter().map(read).collect::<Result<_>>()?,
-    ))
+/// The NICs as they were: up or down, where interrupts go, who sends on which queue.
+pub struct Before {
+    /// Each, and whether it was up.
+    nics: Vec<(String, bool)>,
+    files: Vec<(PathBuf, String)>,
 }
 
-impl Bindings {
-    /// Write it back, all of it; the first that fails is told.
+impl Before {
+    /// As it is now. All are up from here on: one that is down need not have interrupts.
+    pub fn read(host: &Host, site: &Site) -> Result<Self> {
+        let nic = |nic: &String| (nic.clone(), link::is_up(host, nic));
+        let mut before = Self {
+            nics: site.nics.iter().map(nic).collect(),
+            files: Vec::new(),
+        };
+        match before.read_files(host) {
+            Ok(()) => Ok(before),
+            Err(error) => before.put_back().and(Err(error)),
+        }
+    }
+
+    fn read_files(&mut self, host: &Host) -> Result<()> {
+        let mut netlink = Rtnetlink::open()?;
+        for (nic, _) in &self.nics {
+            netlink.set_up(nic, true)?;
+            let irqs = irq::of_link(host, nic).into_iter();
+            let queues = link::xps(host, nic).into_iter().map(|queue| queue.path);
+            for path in irqs
+                .map(|irq| irq::affinity_path(host, irq.number))
+                .chain(queues)
+            {
+                let value = host::read(&path)?;
+                self.files.push((path, value));
+            }
+        }
+        Ok(())
+    }
+
+    /// Put it back, all of it; the first that fails is told.
     pub fn put_back(&self) -> Result<()> {
+        let mut netlink = Rtnetlink::open()?;
         let mut first = Ok(());
-        for (path, value) in &self.0 {
-            let written = fs::write(path, value).with_context(|| path.display().to_string());
-            first = first.and(written);
+        let mut then =
+            |result: Result<()>| first = std::mem::replace(&mut first, Ok(())).and(result);
+        for (nic, _) in &self.nics {
+            then(netlink.set_up(nic, true).map_err(Into::into));
+        }
+        for (path, value) in &self.files {
+            then(fs::write(path, value).with_context(|| path.display().to_string()));
+        }
+        for (nic, _) in self.nics.iter().filter(|(_, up)| !up) {
+            then(netlink.set_up(nic, false).map_err(Into::into));
         }
         first
     }
