@@ -17,13 +17,12 @@ ask() {
 		--bytes 300 --give-up --from $(echo 10.0.0.{11..18} | tr ' ' ,)'"
 }
 
-# as_found: all that native changes on the NICs.
+# as_found: all that native changes on the NICs. Not whether the carrier is back yet.
 as_found() {
 	local nic irq
 	for nic in $(nics); do
-		ip -br link show "$nic"
-		ip -br addr show "$nic" | cut -d ' ' -f 1
-		ip -j addr show "$nic" | jq -c '[.[].addr_info[].local]'
+		ip -j addr show "$nic" |
+			jq -c '.[] | [.ifname, .address, .master, (.flags | index("UP") != null), [.addr_info[].local]]'
 		nic_irqs "$nic" | while read -r irq; do
 			cat "/proc/irq/$irq/smp_affinity_list"
 		done
@@ -42,10 +41,10 @@ idle() {
 	ip link set eth2 down
 }
 
-# native ARG...: on all NICs, once.
+# native ARG...: on all NICs, once. In the background its process is that of the program.
 native() {
 	rm -f /tmp/native.json
-	cpubond bench native --nics eth0,eth1,eth2,eth3 --rounds 1 --output /tmp/native.json "$@"
+	exec cpubond bench native --nics eth0,eth1,eth2,eth3 --rounds 1 --output /tmp/native.json "$@"
 }
 
 # found: what native left is what there was.
@@ -72,7 +71,7 @@ measures() {
 	peer_do "/cpubond/guest/peer.sh balance-xor layer3+4 $cables"
 	idle
 	before=$(as_found)
-	native --peer "$(IFS=,; echo "$*")" --address "$ADDRESS" --client "$(ask)"
+	(native --peer "$(IFS=,; echo "$*")" --address "$ADDRESS" --client "$(ask)")
 	note "$(jq -c '.rounds[] | [.peer, .generator, .requests]' /tmp/native.json | paste -sd ' ')"
 	check_eq "peers measured" "$(jq -r '[.rounds[].peer] | join(" ")' /tmp/native.json)" "$*"
 	check_eq "peers left out" "$(jq '.left_out | length' /tmp/native.json)" 0
