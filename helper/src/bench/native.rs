@@ -546,6 +546,7 @@ mod tests {
                 failed,
                 why: why.map(str::to_owned),
                 nanoseconds: 5,
+                ..Asked::default()
             })
             .expect("JSON")
         };
@@ -556,7 +557,7 @@ mod tests {
             (answer(0, 0, None), "no request"),
             ("Welcome\n".to_owned(), "found \"Welcome\""),
             (
-                r#"{"complete":1,"failed":0,"why":null}"#.to_owned(),
+                r#"{"complete":1,"failed":0,"refused":0,"silent":0,"why":null}"#.to_owned(),
                 "nanoseconds",
             ),
         ] {
