@@ -62,9 +62,9 @@ pub fn section(results: &Results) -> String {
             "\nWith single-queue NICs, and with more CPUs than queues, cpu_bound has {least:+.2} to {most:+.2} \
              transfers a packet beside the floor. Neither a bare NIC nor a policy that only reads what is \
              this CPU's has lines of its own to move: what there is on both sides, and what differs between \
-             them, is the kernel's work by the clock that falls into the window (timers, statistics, the \
-             neighbour that is confirmed), memory that was another CPU's before, and the socket's wake-up, \
-             more of it the longer a packet takes under emulation. *team-cpu* and *queue_id-bpf* choose by \
+             them, is what goes by the clock (by TCP, the time itself: `ktime_get_seconds`, `jiffies` in \
+             `ip_finish_output2`), far too often beside the packets under emulation, and memory that was \
+             another CPU's before (`clear_highpages_kasan_tagged`, `kfree`). *team-cpu* and *queue_id-bpf* choose by \
              CPU number as cpu_bound does by interrupt, so they move as little; they follow no interrupt, \
              and the first has no LACP."
         );

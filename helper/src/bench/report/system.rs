@@ -352,9 +352,9 @@ fn read_transfers(points: &[Point], most: u32) -> String {
          each daemon has a port of its own), what TCP remembers of a client's address (`tcp_*_metrics`), the \
          file that is served (`filemap_get_entry`, `lockref_*`, `do_dentry_open`), AppArmor's label of the \
          server; and what goes by the clock, which under emulation is far too often beside the requests: \
-         the time itself (`ktime_get_seconds`), the neighbour that is confirmed (`ip_finish_output2`), the \
-         bond's look at its links (`bond_handle_frame`). None of it is in the way of packets through the \
-         NICs.",
+         the time itself (`ktime_get_seconds`, `jiffies` in `ip_finish_output2`, which there confirms the \
+         neighbour), the bond's look at its links (`bond_handle_frame`). The NICs and their queues are not \
+         among them.",
     );
     text
 }
