@@ -348,13 +348,14 @@ fn read_transfers(points: &[Point], most: u32) -> String {
     }
     text.push_str(
         "\n\nThese are what connections share whoever serves them: the list of those bound to the one port, \
-         with its lock (`_raw_spin_lock`, `__inet_inherit_port`, `inet_put_port`, `inet_twsk_*`; with nat \
-         each daemon has a port of its own), what TCP remembers of a client's address (`tcp_*_metrics`), the \
-         file that is served (`filemap_get_entry`, `lockref_*`, `do_dentry_open`), AppArmor's label of the \
-         server; and what goes by the clock, which under emulation is far too often beside the requests: \
-         the time itself (`ktime_get_seconds`, `jiffies` in `ip_finish_output2`, which there confirms the \
-         neighbour), the bond's look at its links (`bond_handle_frame`). The NICs and their queues are not \
-         among them.",
+         with its lock (`_raw_spin_lock`, `__inet_inherit_port`, `inet_put_port`, \
+         `inet_twsk_hashdance_schedule`; with nat each daemon has a port of its own, and conntrack's lists \
+         in place of it), how many are in TIME-WAIT (`inet_twsk_alloc`), what TCP remembers of a client's \
+         address (`tcp_*_metrics`), the file that is served (`filemap_get_entry`, `lockref_*`, \
+         `do_dentry_open`), AppArmor's label of the server; and what goes by the clock, which under \
+         emulation is far too often beside the requests: the time itself (`ktime_get_seconds`, `jiffies` in \
+         `ip_finish_output2`, which there confirms the neighbour), the bond's look at its links \
+         (`bond_handle_frame`). The NICs and their queues are not among them.",
     );
     text
 }
