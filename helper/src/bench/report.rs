@@ -514,23 +514,31 @@ fn selection(results: &Results, cpus: &BTreeSet<u32>) -> Result<(String, Option<
              slave's `__dev_queue_xmit`, {:.1} more than active-backup, which has nothing to choose. ",
             ours - fixed
         );
-        let below: Vec<String> = all
-            .iter()
-            .filter(|tx| tx.select_insns <= ours && !tx.peer.is_ours())
-            .map(|tx| format!("{} ({:.1})", tx.peer, tx.select_insns))
-            .collect();
         let _ = write!(
             text,
-            "Cheaper than that: {}.",
-            if below.is_empty() {
-                "none".to_owned()
-            } else {
-                below.join(", ")
-            }
+            "By number of CPUs and slaves; with an asterisk, no more than cpu_bound's:\n\n| peer |{}\n|---|{}\n",
+            cpus.iter().map(|n| format!(" {n} |")).collect::<String>(),
+            "---|".repeat(cpus.len())
         );
+        for peer in Peer::ALL.into_iter().filter(|peer| peer.entry().is_some()) {
+            let _ = write!(text, "| {peer} |");
+            for &n in cpus {
+                let at = |peer| results.find(peer, Slaves::SingleQueue, Generator::Pktgen, n);
+                let _ = match (at(peer), at(Peer::CpuBound)) {
+                    (Some(tx), Some(ours)) => {
+                        let less = !peer.is_ours() && tx.select_insns <= ours.select_insns;
+                        let mark = if less { "*" } else { "" };
+                        write!(text, " {:.1}{mark} |", tx.select_insns)
+                    }
+                    _ => write!(text, " – |"),
+                };
+            }
+            text.push('\n');
+        }
         text.push_str(
-            " The program that steers queue_id runs before the bond's function, so its \
-             instructions are in those of the packet and not in these.",
+            "\nThe program that steers queue_id runs before the bond's function, so its instructions are in \
+             those of the packet and not in these; balance-rr and queue_id walk a list of the slaves, so \
+             they grow with it. cpu_bound reads one entry of a table, however many slaves there are.",
         );
     }
     Ok((text, Some(svg), title))

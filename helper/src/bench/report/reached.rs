@@ -64,7 +64,11 @@ pub fn section(results: &Results) -> String {
              this CPU's has lines of its own to move: what there is on both sides, and what differs between \
              them, is what goes by the clock (by TCP, the time itself: `ktime_get_seconds`, `jiffies` in \
              `ip_finish_output2`), far too often beside the packets under emulation, and memory that was \
-             another CPU's before (`clear_highpages_kasan_tagged`, `kfree`). *team-cpu* and *queue_id-bpf* choose by \
+             another CPU's before (`clear_highpages_kasan_tagged`, `kfree`). By TCP, *balance-xor* and \
+             *802.3ad* may be as low: the connections are such as come in on the CPU that sends, and the other \
+             end of the cables is a bond with the same hash and order of slaves, so what comes in by a NIC \
+             leaves by it. A switch hashes in its own way; what becomes of it then shows *team-hash*, whose \
+             hash is not that of the other end. *team-cpu* and *queue_id-bpf* choose by \
              CPU number as cpu_bound does by interrupt, so they move as little; they follow no interrupt, \
              and the first has no LACP."
         );
