@@ -591,7 +591,9 @@ fn what_is_left(measured: &Measured) -> String {
         })
         .collect();
     format!(
-        "What is left, by UDP sockets, as run: {}. On a machine of several NUMA nodes one thing more \
+        "What is left, by UDP sockets, as run: {}. virtio-net keeps the states of its queues side by side \
+         (`struct send_queue`, not aligned to cache lines), so the CPUs of neighbouring queues of a NIC \
+         share a line, which `virtnet_poll_tx` finds gone. On a machine of several NUMA nodes one thing more \
          is left, which no count here shows: a queue's ring and the NIC are of one node, and a flow's \
          hash takes NICs of all of them.",
         left.join("; ")
@@ -675,9 +677,10 @@ pub fn tables(results: &Results) -> String {
             .collect();
         for (slaves, generator, cpus) in keys {
             let kind = if what.is_empty() { slaves.name() } else { "" };
+            let plural = if cpus == 1 { "" } else { "s" };
             let _ = writeln!(
                 text,
-                "**{cpus} CPUs, {kind}{}, {generator}**\n\n| peer | packets | instructions | select | conflict \
+                "**{cpus} CPU{plural}, {kind}{}, {generator}**\n\n| peer | packets | instructions | select | conflict \
                  lines | transfers | lowest | highest |\n|---|---|---|---|---|---|---|---|",
                 what.trim_start_matches(", ")
             );

@@ -31,6 +31,10 @@ pub fn section(results: &Results) -> String {
                 continue;
             };
             let (slaves, cpus, generator) = key;
+            // Nothing moves where there is nobody to have it.
+            if cpus == 1 {
+                continue;
+            }
             let kind = match (few, slaves) {
                 (true, _) => "4 of 2 queues",
                 (false, slaves) => slaves.name(),
@@ -70,7 +74,8 @@ pub fn section(results: &Results) -> String {
              leaves by it. A switch hashes in its own way; what becomes of it then shows *team-hash*, whose \
              hash is not that of the other end. *team-cpu* and *queue_id-bpf* choose by \
              CPU number as cpu_bound does by interrupt, so they move as little; they follow no interrupt, \
-             and the first has no LACP."
+             and the first has no LACP. Where each NIC has a queue for every CPU, these two still send by one NIC \
+             a CPU, and cpu_bound, to which all NICs are the CPU's own, shares a CPU's flows among them."
         );
     }
     text
