@@ -173,7 +173,7 @@ impl Bars<'_> {
             .draw()
             .map_err(failed)?;
         let width = 0.8 / self.series.len().max(1) as f64;
-        for (number, name) in self.series.iter().enumerate() {
+        for number in 0..self.series.len() {
             let colour = colour(if self.series.len() == 1 { 5 } else { number });
             let bars: Vec<(f64, [f64; 3])> = self
                 .groups
@@ -184,16 +184,11 @@ impl Bars<'_> {
                     Some((left, (*bars.get(number)?)?))
                 })
                 .collect();
-            let drawn = chart
+            chart
                 .draw_series(bars.iter().map(|&(left, bar)| {
                     Rectangle::new([(left, 0.0), (left + width * 0.9, bar[0])], colour.filled())
                 }))
                 .map_err(failed)?;
-            if self.series.len() > 1 {
-                drawn.label(name).legend(move |(x, y)| {
-                    Rectangle::new([(x, y - 4), (x + 16, y + 4)], colour.filled())
-                });
-            }
             chart
                 .draw_series(
                     bars.iter()
@@ -227,8 +222,21 @@ impl Bars<'_> {
             area.draw(&Text::new(name.as_str(), (x as i32, row), style))
                 .map_err(failed)?;
         }
-        if self.series.len() > 1 {
-            legend(&mut chart)?;
+        // A row below: there are bars everywhere above.
+        let row = SIZE.1 as i32 - 26;
+        let mut x = 70;
+        for (number, name) in self.series.iter().enumerate() {
+            if self.series.len() == 1 {
+                break;
+            }
+            let colour = colour(number).filled();
+            area.draw(&Rectangle::new([(x, row + 2), (x + 10, row + 12)], colour))
+                .map_err(failed)?;
+            let style = ("sans-serif", 12).into_font();
+            area.draw(&Text::new(name.as_str(), (x + 14, row), style))
+                .map_err(failed)?;
+            // As wide as a letter is on average.
+            x += 26 + name.len() as i32 * 6;
         }
         Ok(())
     }

@@ -306,7 +306,12 @@ fn transmit(measured: &Measured) -> Result<Section> {
 fn bars(section: &mut Section, name: &str, table: &[&Tx]) -> Result<()> {
     let generators: BTreeSet<Generator> = table.iter().map(|tx| tx.generator).collect();
     let cpus = table.first().map_or(0, |tx| tx.cpus);
-    let title = format!("transfers a packet, {cpus} CPUs");
+    let what = if name == "tx-multiqueue" {
+        "a queue for every CPU on every NIC"
+    } else {
+        "4 NICs of 2 queues"
+    };
+    let title = format!("transfers a packet, {cpus} CPUs, {what}");
     let groups = Peer::ALL
         .into_iter()
         .filter(|&peer| table.iter().any(|tx| tx.peer == peer))
