@@ -487,7 +487,7 @@ impl Plan {
     fn requests(&self, case: Case) -> u16 {
         let all = self.requests.unwrap_or(match case.cpus {
             _ if self.quick => 304,
-            _ if case.size != SIZE => 160,
+            1 if case.size != SIZE => 160,
             1 => 240,
             2 => 320,
             _ => 400,

@@ -118,6 +118,11 @@ impl Site {
         }
     }
 
+    /// Of a point: what is done whatever the CPUs, and what each adds.
+    fn weight(self) -> f64 {
+        8.0 + f64::from(self.cpus)
+    }
+
     fn place(self, peer: Peer) -> Place {
         Place::new(peer, self.cpus, self.nics(), self.queues())
     }
@@ -329,13 +334,12 @@ fn measure(host: &Host, plan: &Plan, state: &mut State<Point>) -> Result<Vec<Str
             (point.site, point.round, point.peer, point.generator) == (site, round, peer, generator)
         })
     };
-    let weigh = |site: Site| f64::from(site.cpus.max(2));
     let mut progress = Progress::new("tx");
     for &site in &plan.sites {
         for (round, peer, generators) in plan.work(site) {
             for generator in generators {
                 if missing(state, site, round, peer, generator) {
-                    progress.plan(weigh(site));
+                    progress.plan(site.weight());
                 }
             }
         }
@@ -368,7 +372,7 @@ fn measure(host: &Host, plan: &Plan, state: &mut State<Point>) -> Result<Vec<Str
                     let (_, peer, generators) = todo.remove(0);
                     let _ = peer;
                     for _ in generators {
-                        progress.done(weigh(site));
+                        progress.done(site.weight());
                     }
                     failures = 0;
                 }
@@ -411,7 +415,7 @@ fn measure_site(
             let count = plan.packets_at(site, generator);
             let point = one(&lab, &mut profiler, site, round, peer, generator, count)
                 .with_context(|| generator.to_string())?;
-            progress.done(f64::from(site.cpus.max(2)));
+            progress.done(site.weight());
             progress.say(&format!(
                 "{} CPUs, {}, round {}: {peer} by {generator}: {:.0} insns, select {:.0}, {:.2} conflicts, {:.2} transfers a packet",
                 site.cpus,
