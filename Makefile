@@ -4,7 +4,7 @@
 #   make demo     the paper's system under real TCP load, beside the usual one
 #   make test     all tests, on this host and in the lab
 #   make bench    what sending and serving cost, beside every other way; figures and docs/results.md
-#                 (more than an hour; QUICK=1: a few minutes, for ratios)
+#                 (an hour and a half; QUICK=1: a few minutes, for ratios)
 #   make modules  bonding.ko and bond_cpu_bound.ko into target/modules (KDIR=, KSRC=)
 #   make helper   the static binary `cpubond`
 #   make profiler the plugin that counts, for `cpubond bench`

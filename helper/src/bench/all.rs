@@ -10,7 +10,7 @@ use std::thread;
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  cpubond bench all            # what 'make bench' does; an hour and more on 2 cores
+  cpubond bench all            # what 'make bench' does; an hour and a half on 2 cores
   cpubond bench all --quick    # what 'make bench QUICK=1' does; a few minutes
 
 A run that was ended goes on where it was.")]
