@@ -597,8 +597,9 @@ fn what_is_left(measured: &Measured) -> String {
         .collect();
     format!(
         "What is left, by UDP sockets, as run: {}. virtio-net keeps the states of its queues side by side \
-         (`struct send_queue`, not aligned to cache lines), so the CPUs of neighbouring queues of a NIC \
-         share a line, which `virtnet_poll_tx` finds gone. On a machine of several NUMA nodes one thing more \
+         (`struct send_queue`, not aligned to cache lines), so neighbouring queues of a NIC share a line: \
+         the scatterlist of one, which is cleared for each packet (`memset`), and the end of the other, \
+         which `virtnet_poll_tx` reads. On a machine of several NUMA nodes one thing more \
          is left, which no count here shows: a queue's ring and the NIC are of one node, and a flow's \
          hash takes NICs of all of them.",
         left.join("; ")
