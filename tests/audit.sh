@@ -148,7 +148,7 @@ judged() {
 	local complete failed
 	count_packets
 	audit -j -d 10m --port "$PUBLIC" --flows 10000 --stacks
-	load "$@" | read -r complete failed
+	load "$@" | read -r complete failed _
 	audited
 	check_eq "connections that failed" "$failed" 0
 	check_eq "connections" "$complete" $((${#CLIENTS[@]} * $1))
