@@ -5,7 +5,7 @@
 rc=0
 pkill -x 'lighttpd|nginx|ab|iperf3|irqbalance|tcpdump|ping|strace|traffic'
 # The agent has the same program name. What `cpubond run` keeps ends with it.
-pkill -KILL -f '^cpubond run '
+pkill -KILL -f '^cpubond (run|audit) '
 for _ in {1..100}; do
 	pgrep -f '^cpubond keep ' >/dev/null || break
 	sleep 0.1
