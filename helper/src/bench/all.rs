@@ -21,7 +21,8 @@ pub struct All {
 
 impl All {
     /// What one could not measure does not stop the other. Both at once, as one lab alone leaves
-    /// the host idle for half the time; what is counted does not depend on it.
+    /// the host idle for half the time. The slower a guest, the more goes by the clock beside
+    /// each packet; nothing else that is counted depends on it.
     pub fn run(&self) -> Result<ExitCode> {
         let whole = system::Args {
             quick: self.tx.quick,

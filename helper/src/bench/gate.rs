@@ -59,14 +59,16 @@ pub fn judge_system(rows: &[System], problems: &[String]) -> ExitCode {
 }
 
 fn show(verdicts: &[Verdict]) -> ExitCode {
-    println!("KTAP version 1\n1..{}", verdicts.len());
+    let mut text = format!("KTAP version 1\n1..{}\n", verdicts.len());
     for (number, verdict) in (1..).zip(verdicts) {
         let result = if verdict.holds { "ok" } else { "not ok" };
-        println!(
-            "# {}\n{result} {number} - {}",
+        text += &format!(
+            "# {}\n{result} {number} - {}\n",
             verdict.figures, verdict.what
         );
     }
+    // At once: two may be judged side by side.
+    print!("{text}");
     ExitCode::from(u8::from(verdicts.iter().any(|verdict| !verdict.holds)))
 }
 

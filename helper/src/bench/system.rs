@@ -177,6 +177,7 @@ impl Name {
         Self::CpuBoundSkLookup,
         Self::CpuBoundReuseport,
     ];
+
     /// What is started.
     pub fn setup(self) -> Setup {
         match self {
