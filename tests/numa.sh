@@ -91,6 +91,7 @@ all_asked() { for cpu in 0 1 2 3; do asked "$cpu"; done | tr '\n' ' '; }
 # With its own daemon drained a CPU goes to the one beside it; with both, to the others.
 neighbours() {
 	local cpu
+	note "$(grep '^cpubond: ' "$RUN_DIR/log")"
 	check_eq "who serves CPUs 0 to 3" "$(all_asked)" "0 1 2 3 "
 	cpubond steer drain numa 0
 	check_eq "who serves them without 0" "$(all_asked)" "1 1 2 3 "

@@ -277,6 +277,26 @@ fn candidates(cpus: &[Cpu], table: &BTreeMap<u32, Instance>) -> BTreeMap<u32, Ve
         .collect()
 }
 
+/// `now` as it is to be told while the kernel's table is still that of `before`: a daemon that
+/// was not live then takes no flows yet.
+pub fn before_routing(before: &[Daemon], now: &[Daemon]) -> Vec<Daemon> {
+    let was_live = |cpu| {
+        before
+            .iter()
+            .any(|daemon| daemon.cpu == cpu && daemon.phase == Phase::Live)
+    };
+    now.iter()
+        .cloned()
+        .map(|daemon| match daemon.phase {
+            Phase::Live if !was_live(daemon.cpu) => Daemon {
+                phase: Phase::Starting,
+                ..daemon
+            },
+            _ => daemon,
+        })
+        .collect()
+}
+
 /// 0 the CPU itself, 1 SMT sibling, 2 same last-level cache, 3 same node, 4 any.
 fn distance(from: &Cpu, to: Option<&Cpu>, id: u32) -> u8 {
     match to {
@@ -313,9 +333,9 @@ pub fn check_name(name: &str) -> Result<()> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// Runs, but does not listen yet.
+    /// Runs, but does not listen yet, or no flows are steered to it yet.
     Starting,
-    /// Listens and takes new flows.
+    /// Listens and takes new flows: the kernel's table leads to it.
     Live,
     /// Keeps its flows, takes no new ones.
     Draining,
@@ -586,6 +606,37 @@ mod tests {
         assert_eq!(at(&[4, 8], 0), 4, "node");
         assert_eq!(at(&[8], 0), 8, "any");
         assert!(chosen(&big(), &[]).is_empty());
+    }
+
+    #[test]
+    fn is_live_when_routed_to() {
+        use Phase::{Down, Draining, Live, Starting};
+        let daemons = |phases: &[Phase]| -> Vec<Daemon> {
+            (0..)
+                .zip(phases)
+                .map(|(cpu, &phase)| Daemon {
+                    cpu,
+                    port: 8000,
+                    pid: Some(100 + cpu),
+                    phase,
+                    restarts: 0,
+                })
+                .collect()
+        };
+        let told = |before: &[Phase], now: &[Phase]| -> Vec<Phase> {
+            let told = before_routing(&daemons(before), &daemons(now));
+            told.into_iter().map(|daemon| daemon.phase).collect()
+        };
+        assert_eq!(told(&[], &[Live, Starting]), [Starting, Starting]);
+        assert_eq!(
+            told(&[Live, Draining, Down], &[Live; 3]),
+            [Live, Starting, Starting]
+        );
+        // What takes no flows any more is told at once.
+        assert_eq!(
+            told(&[Live; 3], &[Down, Draining, Live]),
+            [Down, Draining, Live]
+        );
     }
 
     #[test]

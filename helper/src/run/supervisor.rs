@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::listeners;
 use crate::steer::control::{Asker, Control, Request};
-use crate::steer::{self, Instance, State, Steer};
+use crate::steer::{self, Daemon, Instance, State, Steer};
 use crate::topology;
 use rustix::process::{Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
@@ -236,21 +236,26 @@ impl Supervisor<'_> {
         let live: Vec<Instance> = self.slots.iter().filter_map(Slot::live).cloned().collect();
         let result = topology::possible(self.host).and_then(|cpus| {
             let table = steer::table(&cpus, &live);
-            let daemons = self
+            let daemons: Vec<Daemon> = self
                 .slots
                 .iter()
                 .map(|slot| slot.daemon(self.host))
                 .collect();
-            let routed = self.state.table == table && !self.stale;
-            if !routed || self.state.daemons != daemons {
+            if self.state.table != table {
                 self.state.table = table;
-                self.state.daemons = daemons;
-                self.stale |= !routed;
-                self.state.save(self.host)?;
+                self.stale = true;
             }
             if self.stale {
+                // The table is on record before the kernel has it; that a daemon takes flows is
+                // not: who waits for "live" may connect at once.
+                self.state.daemons = steer::before_routing(&self.state.daemons, &daemons);
+                self.state.save(self.host)?;
                 self.steer.route(&self.state.service, &self.state.table)?;
                 self.stale = false;
+            }
+            if self.state.daemons != daemons {
+                self.state.daemons = daemons;
+                self.state.save(self.host)?;
             }
             while let Some(dead) = self.dead.last() {
                 self.steer.forget(&self.state.service, dead)?;
