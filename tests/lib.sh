@@ -29,8 +29,10 @@
 # The `# vm:` line (each key may be left out; these are the defaults):
 #   cpus=4            CPUs of the server (the peer has 2)
 #   nics=4            cables: ethK of the server to ethK of the peer
-#   queues=1          queue pairs of each server NIC; more than 1 means tap and a
-#                     bridge on the host, through which no LACP frame passes
+#   queues=1          queue pairs of each server NIC; more than 1 means tap devices
+#                     and bridges on the host
+#   offload=1         0: such NICs leave checksums and the cutting of long packets to the
+#                     kernel, as NICs of one queue always do
 #   sockets=1         CPU sockets of the server, each a NUMA node
 #   profiler=0        1: the server runs under the profiler ('make profiler'), for
 #                     `cpubond vm mark` and `cpubond vm call profile show LABEL`
@@ -43,7 +45,8 @@
 # cables in, all CPUs online, IRQ affinity spread over all, no RPS, no nft rules, no
 # network namespaces, no daemons; then it makes the peer's bond. So a test need not
 # clean up for the next.
-# VMs are shared by tests that want the same cpus, nics, queues, sockets and profiler.
+# VMs are shared by tests that want the same cpus, nics, queues, offload, sockets and
+# profiler.
 #
 # A case is a function run by ktap_run in a subshell under `set -e`, so any command
 # that fails fails the case; what it sets in the kernel stays for the next case.

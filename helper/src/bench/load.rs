@@ -29,6 +29,9 @@ const DISCARD: u16 = 9;
 const ANSWER: u16 = 7;
 /// Sockets of a CPU's UDP sender, each a flow, in turn.
 const FLOWS: usize = 16;
+/// Packets that a CPU sends before it counts: what is done once is done then, and the memory that
+/// it takes next was its own before.
+const WARM_UP: usize = 64;
 /// Payload of a datagram, a request and an answer.
 const SIZE: usize = 64;
 /// Bytes of a pktgen packet, headers included and checksum not.
@@ -193,8 +196,7 @@ impl Send {
         };
         let sent = match self.generator {
             Generator::Pktgen => {
-                // What is only done once is done now.
-                senders.pktgen(self.count.div_ceil(8).min(64))?.start()?;
+                senders.pktgen(WARM_UP as u64)?.start()?;
                 let pktgen = senders.pktgen(self.count)?;
                 senders.counted(self.count, || {
                     self.wait_for_go()?;
@@ -312,8 +314,9 @@ impl Senders<'_> {
             .map(|_| {
                 let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
                 socket.connect((address, DISCARD))?;
-                // Routes and neighbours are found now.
-                socket.send(&[0; SIZE])?;
+                for _ in 0..WARM_UP.div_ceil(FLOWS) {
+                    socket.send(&[0; SIZE])?;
+                }
                 Ok(socket)
             })
             .collect::<Result<_>>()
@@ -323,8 +326,7 @@ impl Senders<'_> {
     /// One whose packets come in on this CPU, as those of a flow do that the switch has sent
     /// here; and whether there was one.
     fn connection(&self, cpu: u32) -> Result<(TcpStream, bool)> {
-        let (address, _) = self.site.target(self.peer, cpu);
-        let connect = || -> Result<TcpStream> {
+        let connect = |address: Ipv4Addr| -> Result<TcpStream> {
             let mut stream = TcpStream::connect((address, ANSWER))?;
             stream.set_nodelay(true)?;
             stream.set_read_timeout(Some(PATIENCE))?;
@@ -338,12 +340,14 @@ impl Senders<'_> {
             Peer::RawPrivate | Peer::RawShared | Peer::ActiveBackup
         );
         let tries = if choice { 8 * self.site.cpus } else { 1 };
-        let mut tried = 0;
+        let addresses = self.site.addresses(self.peer, cpu);
+        let mut tried = addresses.iter().cycle().zip(1..=tries);
         loop {
-            let stream = connect().with_context(|| format!("TCP to {address}"))?;
+            let (&address, number) = tried.next().context("no address to connect to")?;
+            let mut stream = connect(address).with_context(|| format!("TCP to {address}"))?;
             let local = sockopt::socket_incoming_cpu(&stream)? == cpu;
-            tried += 1;
-            if local || tried >= tries {
+            if local || number == tries {
+                (0..WARM_UP).try_for_each(|_| ask(&mut stream))?;
                 return Ok((stream, local));
             }
         }

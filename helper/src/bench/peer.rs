@@ -220,6 +220,16 @@ impl Site {
         (Ipv4Addr::new(10, 1, nic, 2), far_mac(nic))
     }
 
+    /// All addresses that a CPU may send to, that of `target` first. A bond at the far end has
+    /// more, and sends to each of its flows by the NIC that goes with both addresses.
+    pub fn addresses(&self, peer: Peer, cpu: u32) -> Vec<Ipv4Addr> {
+        let mut addresses = vec![self.target(peer, cpu).0];
+        if !peer.is_raw() {
+            addresses.extend((11..=18).map(|last| Ipv4Addr::new(10, 0, 0, last)));
+        }
+        addresses
+    }
+
     /// Whether the peer makes sense here.
     pub fn suits(&self, peer: Peer) -> bool {
         peer != Peer::Multiqueue || self.queues > 1 && self.queues >= self.cpus
@@ -312,9 +322,11 @@ pub fn give_addresses(peer: Peer, site: &Site) -> Result<()> {
         netlink.add_address(DEVICE, "10.0.0.1/24".parse()?)?;
     }
     for cpu in 0..site.cpus {
-        let (address, mac) = site.target(peer, cpu);
+        let (_, mac) = site.target(peer, cpu);
         let mac = mac.parse().map_err(|error| anyhow!("{mac}: {error}"))?;
-        netlink.set_neighbour(site.device(peer, cpu), address, mac)?;
+        for address in site.addresses(peer, cpu) {
+            netlink.set_neighbour(site.device(peer, cpu), address, mac)?;
+        }
     }
     Ok(())
 }

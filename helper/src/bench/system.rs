@@ -224,6 +224,7 @@ impl Case {
             } else {
                 self.cpus
             },
+            offload: false,
             profiler: true,
             ..needed
         }

@@ -132,6 +132,7 @@ impl Site {
             cpus: self.cpus,
             nics: self.nics(),
             queues: self.queues(),
+            offload: false,
             profiler: true,
             ..Topology::default()
         }
@@ -445,9 +446,11 @@ fn set_up_far_end(far: &Guest, end: FarEnd) -> Result<()> {
                 ip addr add \"10.1.${dev#eth}.2/24\" dev \"$dev\"
             done"
             .to_owned(),
+        // Not by the hash that the server's bonds have: a reply would leave by the NIC that the
+        // request came in by, which is what a switch does by chance only.
         FarEnd::Bond(mode) => format!(
             "for dev in /sys/class/net/eth*; do ip addr flush dev \"${{dev##*/}}\"; done
-            /cpubond/guest/peer.sh {mode}
+            /cpubond/guest/peer.sh {mode} layer2+3
             [ {mode} != active-backup ] || echo eth0 >/sys/class/net/bond0/bonding/primary"
         ),
     };

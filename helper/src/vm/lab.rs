@@ -332,12 +332,9 @@ impl Wiring {
             ip(&format!("link set cable{nic} up"))?;
             for (role, queues) in [(Role::Server, topology.queues), (Role::Peer, 1)] {
                 let tap = format!("{}-{nic}", role.name());
-                let multi = if queues > 1 {
-                    " multi_queue vnet_hdr"
-                } else {
-                    " vnet_hdr"
-                };
-                ip(&format!("tuntap add dev {tap} mode tap{multi}"))?;
+                let multi = if queues > 1 { " multi_queue" } else { "" };
+                let header = if topology.offload { " vnet_hdr" } else { "" };
+                ip(&format!("tuntap add dev {tap} mode tap{multi}{header}"))?;
                 ip(&format!("link set {tap} master cable{nic} up"))?;
                 // A bridge keeps LACP to itself unless a port is told to pass it on.
                 ip(&format!(

@@ -244,7 +244,8 @@ impl Machine {
                     )
                 }
                 Cable::Taps(_) => format!(
-                    "tap,id=net{nic},ifname={name}-{nic},script=no,downscript=no,queues={queues}"
+                    "tap,id=net{nic},ifname={name}-{nic},script=no,downscript=no,queues={queues},vnet_hdr={}",
+                    if topology.offload { "on" } else { "off" }
                 ),
             };
             // LACP keeps ports of unknown speed out of the aggregate.

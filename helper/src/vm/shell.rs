@@ -56,8 +56,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         cpus: args.cpus,
         nics: args.nics,
         queues: args.queues,
-        sockets: 1,
-        profiler: false,
+        ..Topology::default()
     };
     eprintln!("cpubond: boot server and peer");
     let lab = Lab::boot(&host, &topology, machine::probe(&host), true)?;

@@ -12,6 +12,9 @@ pub struct Topology {
     pub nics: u32,
     /// Queue pairs of each server NIC.
     pub queues: u32,
+    /// Whether NICs of several queues compute checksums and cut long packets, as those of one
+    /// queue cannot.
+    pub offload: bool,
     /// CPU sockets of the server, each a NUMA node.
     pub sockets: u32,
     /// Whether the server runs under the profiler.
@@ -24,6 +27,7 @@ impl Default for Topology {
             cpus: 4,
             nics: 4,
             queues: 1,
+            offload: true,
             sockets: 1,
             profiler: false,
         }
@@ -70,6 +74,11 @@ impl Wanted {
                     .filter(|n| (1..=max).contains(n))
                     .ok_or_else(|| anyhow!("'# vm:' line: {key}={value}: want 1 to {max}"))
             };
+            let flag = || match value {
+                "0" => Ok(false),
+                "1" => Ok(true),
+                _ => bail!("'# vm:' line: {key}={value}: want 0 or 1"),
+            };
             let topology = &mut wanted.topology;
             match key {
                 "cpus" => topology.cpus = number(64)?,
@@ -77,13 +86,8 @@ impl Wanted {
                 "nics" => topology.nics = number(24)?,
                 "queues" => topology.queues = number(16)?,
                 "sockets" => topology.sockets = number(8)?,
-                "profiler" => {
-                    topology.profiler = match value {
-                        "0" => false,
-                        "1" => true,
-                        _ => bail!("'# vm:' line: profiler={value}: want 0 or 1"),
-                    }
-                }
+                "offload" => topology.offload = flag()?,
+                "profiler" => topology.profiler = flag()?,
                 "timeout" => wanted.timeout = Duration::from_secs(number(3600)?.into()),
                 "peer" => match value {
                     "balance-xor" | "802.3ad" | "none" => value.clone_into(&mut wanted.peer),
@@ -113,7 +117,7 @@ mod tests {
     #[test]
     fn each_key_is_read() {
         let wanted = Wanted::parse(
-            "#!/bin/bash\n# About.\n# vm: cpus=8 nics=2 queues=4 sockets=2 profiler=1 peer=none timeout=9\n",
+            "#!/bin/bash\n# About.\n# vm: cpus=8 nics=2 queues=4 offload=0 sockets=2 profiler=1 peer=none timeout=9\n",
         )
         .expect("parses");
         assert_eq!(
@@ -122,6 +126,7 @@ mod tests {
                 cpus: 8,
                 nics: 2,
                 queues: 4,
+                offload: false,
                 sockets: 2,
                 profiler: true
             }
@@ -137,6 +142,7 @@ mod tests {
             ("cpus=0", "want 1 to 64"),
             ("nics=many", "want 1 to 24"),
             ("profiler=yes", "want 0 or 1"),
+            ("offload=on", "want 0 or 1"),
             ("colour=red", "no such key"),
             ("peer=rr", "want balance-xor"),
             ("cpus=3 sockets=2", "do not divide"),

@@ -68,11 +68,11 @@ pub fn section(results: &Results) -> String {
              this CPU's has lines of its own to move: what there is on both sides, and what differs between \
              them, is what goes by the clock (by TCP, the time itself: `ktime_get_seconds`, `jiffies` in \
              `ip_finish_output2`), far too often beside the packets under emulation, and memory that was \
-             another CPU's before (`clear_highpages_kasan_tagged`, `kfree`). By TCP, *balance-xor* and \
-             *802.3ad* may be as low: the connections are such as come in on the CPU that sends, and the other \
-             end of the cables is a bond with the same hash and order of slaves, so what comes in by a NIC \
-             leaves by it. A switch hashes in its own way; what becomes of it then shows *team-hash*, whose \
-             hash is not that of the other end. *team-cpu* and *queue_id-bpf* choose by \
+             another CPU's before (`clear_highpages_kasan_tagged`, `kfree`). By TCP, the connections are such as \
+             come in on the CPU that sends. The other end of the cables chooses by addresses (layer2+3), as a \
+             switch chooses in its own way. Had it the hash and the order of slaves of the server's bond, what \
+             comes in by a NIC would leave by it, and *balance-xor* and *802.3ad* would move as little as \
+             cpu_bound does. *team-cpu* and *queue_id-bpf* choose by \
              CPU number as cpu_bound does by interrupt, so they move as little; they follow no interrupt, \
              and the first has no LACP. Where each NIC has a queue for every CPU, these two still send by one NIC \
              a CPU, and cpu_bound, to which all NICs are the CPU's own, shares a CPU's flows among them."

@@ -494,9 +494,8 @@ fn sizes(section: &mut Section, points: &[Point]) -> Result<()> {
     }
     text.push_str(
         "\n\nWires are not in the model: a NIC of 1 Gbit/s is full at some 3,600 replies of 32 KiB a \
-         second, and the usual set-up has one. How many instructions a set-up takes is not only its own \
-         doing here: the lab's multiqueue NIC is a tap that makes checksums and cuts long replies into \
-         packets by itself, the others' cables are datagram sockets, for which the kernel does both.",
+         second, and the usual set-up has one. No NIC of the lab makes checksums or cuts long replies into \
+         packets, as real ones do: in every set-up the kernel does both.",
     );
     section.say(text);
     let title = format!("lines that a request moves in the server's kernel, {cpus} CPUs");
