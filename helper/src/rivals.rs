@@ -201,14 +201,7 @@ mod tests {
     /// eth0: queue interrupts 25 and 26, index 62, no RPS and no XPS.
     fn machine() -> (Fake, Vec<String>) {
         let fake = Fake::with_cpus(2);
-        fake.nic(
-            "eth0",
-            &[
-                (24, "virtio0-config"),
-                (25, "virtio0-input.0"),
-                (26, "virtio0-output.0"),
-            ],
-        );
+        fake.virtio_nic("eth0", 24, 1);
         fake.file("sys/class/net/eth0/queues/rx-0/rps_cpus", "0\n");
         fake.file("sys/class/net/eth0/queues/tx-0/xps_cpus", "0\n");
         fake.file("sys/class/net/eth0/ifindex", "62\n");

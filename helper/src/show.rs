@@ -456,14 +456,7 @@ mod tests {
 
     fn machine() -> Fake {
         let fake = Fake::with_cpus(2);
-        fake.nic(
-            "eth0",
-            &[
-                (24, "virtio0-config"),
-                (25, "virtio0-input.0"),
-                (26, "virtio0-output.0"),
-            ],
-        );
+        fake.virtio_nic("eth0", 24, 1);
         fake.file("sys/class/net/eth0/queues/rx-0/rps_cpus", "0\n");
         fake.file("sys/class/net/bonding_masters", "bond0\n");
         fake.file("sys/class/net/bond0/flags", "0x1403\n");

@@ -85,6 +85,16 @@ impl Fake {
         }
     }
 
+    /// One like the lab's: an interrupt for its configuration, then two for each queue pair.
+    pub fn virtio_nic(&self, name: &str, first: u32, pairs: u32) {
+        let mut actions = vec!["virtio0-config".to_string()];
+        for pair in 0..pairs {
+            actions.extend(["input", "output"].map(|way| format!("virtio0-{way}.{pair}")));
+        }
+        let irqs: Vec<(u32, &str)> = (first..).zip(actions.iter().map(String::as_str)).collect();
+        self.nic(name, &irqs);
+    }
+
     /// A virtio-net device below a PCI device with these interrupts, all on CPU 0, and as many
     /// queues as interrupts with "input" in their names.
     pub fn nic(&self, name: &str, irqs: &[(u32, &str)]) {

@@ -206,16 +206,7 @@ mod tests {
     fn machine() -> Fake {
         let fake = Fake::with_cpus(4);
         for (nic, first) in [("eth0", 24), ("eth1", 34)] {
-            fake.nic(
-                nic,
-                &[
-                    (first, "virtio0-config"),
-                    (first + 1, "virtio0-input.0"),
-                    (first + 2, "virtio0-output.0"),
-                    (first + 3, "virtio0-input.1"),
-                    (first + 4, "virtio0-output.1"),
-                ],
-            );
+            fake.virtio_nic(nic, first, 2);
         }
         fake.file("sys/class/net/eth0/flags", "0x1003\n");
         fake
