@@ -170,8 +170,9 @@ memory. A *transfer* is a cache line of 64 bytes that has to move: a read of a l
 dirty in another CPU, or a write to a line that another CPU holds. A *conflict line* is an
 access to a line that another CPU wrote (for a write: touched) since this CPU last did; caches
 are infinite. The figures are of whole packets, replayed in turn from CPU to CPU and in random
-orders, so that they do not depend on how the host ran the virtual CPUs; the lowest and the
-highest of all orders and rounds are the whiskers. Of a packet's way through the kernel
+orders, so that they do not depend on how the host ran the virtual CPUs. Each is the mean over
+the orders, of the transmit path the median of the rounds; the lowest and the highest of all
+orders and rounds are the whiskers. Of a packet's way through the kernel
 everything counts, what is done after it was sent included; what the load generator does to
 make it, waiting for locks, scheduler, timers and interrupt entry are kept apart.
 

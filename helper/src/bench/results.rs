@@ -73,9 +73,10 @@ pub struct Tx {
     /// Instructions from entry of the bond's transmit function to that of the slave's
     /// `__dev_queue_xmit`; 0 without a bond.
     pub select_insns: f64,
-    /// Lines that another CPU wrote or touched in between; mean over the orders of the replay.
+    /// Lines that another CPU wrote or touched in between; mean over the orders of the replay,
+    /// median of the rounds.
     pub conflict_lines_per_packet: f64,
-    /// Lines that moved between CPUs; mean over the orders of the replay.
+    /// Lines that moved between CPUs; mean over the orders of the replay, median of the rounds.
     pub transfers_per_packet: f64,
     /// In the best order of the best round.
     pub transfers_min: f64,

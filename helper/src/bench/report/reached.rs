@@ -8,7 +8,7 @@ use std::fmt::Write;
 pub fn section(results: &Results) -> String {
     let mut text = "### Beside the floor, and what beat cpu_bound\n\n\
          The floor is *raw-private*: no bond, each CPU by a NIC or a queue of its own. What is written as \
-         *lower* has fewer transfers than cpu_bound by the mean; with an asterisk, its highest is below \
+         *lower* has fewer transfers than cpu_bound; with an asterisk, its highest is below \
          cpu_bound's lowest, so it is no matter of rounds and orders.\n\n\
          | CPUs | NICs | generator | transfers, floor | cpu_bound | conflict lines, floor | cpu_bound | \
          spread flows, all above | lower |\n|---|---|---|---|---|---|---|---|---|\n"
