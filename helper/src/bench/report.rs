@@ -108,10 +108,16 @@ impl Report {
 
 impl Measured {
     fn load(dir: &Path) -> Result<Self> {
-        let system_rounds: Vec<_> = points(&dir.join("bench.system.points.json"))?;
+        let system_rounds: Vec<_> = read_points(&dir.join("bench.system.points.json"))?;
+        let mut results = Results::load(&dir.join("bench.json"))?;
+        let points: Vec<Point> = read_points(&dir.join("bench.points.json"))?;
+        // As the system's: how they are summed up may have changed since.
+        if !points.is_empty() {
+            (results.tx, results.tx_few_queues) = super::tx::sum_up(&points);
+        }
         Ok(Self {
-            results: Results::load(&dir.join("bench.json"))?,
-            points: points(&dir.join("bench.points.json"))?,
+            results,
+            points,
             system: super::system::merge(&system_rounds),
             system_rounds,
         })
@@ -119,7 +125,7 @@ impl Measured {
 }
 
 /// None where nothing of the kind was measured.
-fn points<P: DeserializeOwned>(file: &Path) -> Result<Vec<P>> {
+fn read_points<P: DeserializeOwned>(file: &Path) -> Result<Vec<P>> {
     if !file.exists() {
         return Ok(Vec::new());
     }
